@@ -1,0 +1,36 @@
+"""Adaptive Precision Training for JAX: train any apply function in low-bit fixed point.
+
+Source: Zhang et al., arXiv 1911.00361.
+"""
+
+from jax_apt.config import Adaptive, Config, Rule
+from jax_apt.fixed_point import Fixed, dequantize, exponent_for, quantize, quantize_to
+from jax_apt.ops import CODES_NAME
+from jax_apt.qem import measure_error
+from jax_apt.qpa import TensorPrecision, update_interval
+from jax_apt.report import Report
+from jax_apt.state import AptState
+from jax_apt.training import value_and_grad
+from jax_apt.transform import AptFunction, apt_quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CODES_NAME",
+    "Adaptive",
+    "AptFunction",
+    "AptState",
+    "Config",
+    "Fixed",
+    "Report",
+    "Rule",
+    "TensorPrecision",
+    "apt_quantize",
+    "dequantize",
+    "exponent_for",
+    "measure_error",
+    "quantize",
+    "quantize_to",
+    "update_interval",
+    "value_and_grad",
+]

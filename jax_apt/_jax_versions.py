@@ -1,0 +1,98 @@
+"""Everything that depends on JAX's version: names and parameters of jaxpr primitives, source lines.
+
+Written for jax 0.10.2 and newer; other modules see none of it.
+"""
+
+import os
+import sysconfig
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+JIT = ("jit", "pjit")
+REMAT = ("remat2", "remat", "checkpoint")
+CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call")
+CALL = ("closed_call", "core_call")
+OTHER_PRODUCTS = ("ragged_dot_general", "ragged_dot")
+
+_LIBRARIES = tuple(
+    os.path.join(sysconfig.get_paths()[kind], package) + os.sep
+    for kind in ("purelib", "platlib")
+    for package in ("jax", "jaxlib", "flax", "optax", "haiku", "equinox")
+)
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def bind(eqn: JaxprEqn, args: list) -> list:
+    """Runs one equation as it is; always a list of results."""
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def sub_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
+    """Every jaxpr among an equation's parameters."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (Jaxpr, ClosedJaxpr)):
+                found.append(closed(item))
+    return found
+
+
+def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
+    """(inputs, cotangents of the float outputs) -> gradients of the float inputs.
+
+    The rule that the author of a custom_jvp or custom_vjp function wrote, traced.
+    """
+    inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    outputs = [v.aval for v in eqn.outvars if is_float(v.aval)]
+    cotangents = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in outputs]
+
+    def gradients(*values):
+        args = list(values[: len(inputs)])
+        places = [i for i, x in enumerate(inputs) if is_float(x)]
+
+        def function(*floats):
+            for i, x in zip(places, floats, strict=True):
+                args[i] = x
+            return [out for out in bind(eqn, args) if is_float(out)]
+
+        _, pullback = jax.vjp(function, *(args[i] for i in places))
+        return pullback(list(values[len(inputs) :]))
+
+    return jax.make_jaxpr(gradients)(*inputs, *cotangents)
+
+
+def is_float(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def scope(eqn: JaxprEqn) -> str:
+    """Name stack of an equation, "" if it has none."""
+    return str(eqn.source_info.name_stack)
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """"file.py:12 (function)" of the innermost frame outside the libraries, or "an unknown line"."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        path = os.path.abspath(frame.file_name)
+        if not path.startswith((*_LIBRARIES, _HERE)) and not frame.file_name.startswith("<"):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return "an unknown line"
+
+
+def is_forward_mode_error(error: TypeError) -> bool:
+    """Whether JAX refused to push a tangent through a custom_vjp function."""
+    return "forward-mode" in str(error) and "custom_vjp" in str(error)
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": where JAX runs by default."""
+    return jax.default_backend()

@@ -1,0 +1,146 @@
+"""What a user chooses: the method's constants and the rules that pick layers and widths.
+
+Source of every default: Zhang et al., arXiv 1911.00361, and the published code that implements it.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+MIN_BITS, MAX_BITS = 2, 24
+
+Backend = Literal["auto", "native", "xla", "emulate"]
+BACKENDS: tuple[str, ...] = ("auto", "native", "xla", "emulate")
+MODES: tuple[str, ...] = ("grow", "restart")
+MEASURES: tuple[str, ...] = ("mean_magnitude", "elementwise", "resolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Constants of Adaptive Precision Training; the defaults are the published ones.
+
+    Attributes:
+      alpha: weight of the newest exponent in the moving average of the range.
+      beta: numerator of the update interval.
+      gamma: steps subtracted from the update interval.
+      delta: weight of the squared quantization error in the update interval.
+      threshold: largest quantization error that does not widen a tensor.
+      mode: "grow": a width never falls; "restart": each update searches from the narrowest width.
+      measure: error measure, one of "mean_magnitude" (the method's), "elementwise", "resolution".
+      steps_per_epoch: training steps per epoch; the longest update interval.
+      initial_fraction: part of the first epoch in which every step is an update.
+
+    Raises:
+      ValueError: a constant is outside its range; the message names it.
+    """
+
+    alpha: float = 0.04
+    beta: float = 0.1
+    gamma: float = 2.0
+    delta: float = 100.0
+    threshold: float = 0.03
+    mode: Literal["grow", "restart"] = "grow"
+    measure: Literal["mean_magnitude", "elementwise", "resolution"] = "mean_magnitude"
+    steps_per_epoch: int = 1000
+    initial_fraction: float = 0.1
+
+    def __post_init__(self):
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("measure", self.measure, MEASURES)
+        _check_range("alpha", self.alpha, 0.0, 1.0)
+        _check_range("initial_fraction", self.initial_fraction, 0.0, 1.0)
+        for name in ("beta", "gamma", "delta", "threshold"):
+            _check_range(name, getattr(self, name), 0.0, math.inf)
+        if not isinstance(self.steps_per_epoch, int) or self.steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be an int >= 1, got {self.steps_per_epoch!r}")
+
+    @property
+    def initial_steps(self) -> int:
+        """Steps at the start of training in which every step is an update."""
+        return math.ceil(self.initial_fraction * self.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Candidate bit-widths of a tensor, narrowest first: `Adaptive(8, 16, 24)`.
+
+    Raises:
+      ValueError: the widths do not ascend, or one lies outside 2..24.
+    """
+
+    widths: tuple[int, ...]
+
+    def __init__(self, *widths: int):
+        if not widths:
+            raise ValueError("Adaptive needs at least one bit-width, for example Adaptive(8, 16, 24)")
+        for bits in widths:
+            check_bits(bits)
+        if list(widths) != sorted(set(widths)):
+            raise ValueError(f"bit-widths must ascend without repetition, got {widths}")
+        object.__setattr__(self, "widths", tuple(int(bits) for bits in widths))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Widths and backend of the layers whose name the regular expression finds; first match wins.
+
+    Attributes:
+      match: regular expression searched in the layer's name ("" matches every layer).
+      acts: bit-width of activations: an int is fixed, an `Adaptive` is chosen while training.
+      weights: bit-width of weights, likewise.
+      grads: bit-width of activation gradients, likewise.
+      backend: "auto", "native", "xla" or "emulate"; None takes that of `apt_quantize`.
+      quantize: False leaves the layer in float.
+
+    Raises:
+      ValueError: `match` is no regular expression, a width is outside 2..24, or the backend is unknown.
+    """
+
+    match: str = ""
+    acts: int | Adaptive = 8
+    weights: int | Adaptive = 8
+    grads: int | Adaptive = Adaptive(8, 16, 24)
+    backend: Backend | None = None
+    quantize: bool = True
+
+    def __post_init__(self):
+        try:
+            re.compile(self.match)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"Rule match {self.match!r} is no regular expression: {error}") from None
+        for widths in (self.acts, self.weights, self.grads):
+            candidates(widths)
+        if self.backend is not None:
+            check_backend(self.backend)
+
+    def hits(self, name: str) -> bool:
+        return re.search(self.match, name) is not None
+
+
+def candidates(widths: int | Adaptive) -> tuple[int, ...]:
+    """The candidate bit-widths of a rule's entry, narrowest first."""
+    if isinstance(widths, Adaptive):
+        return widths.widths
+    check_bits(widths)
+    return (int(widths),)
+
+
+def check_bits(bits) -> None:
+    is_int = isinstance(bits, int) and not isinstance(bits, bool)
+    if not is_int or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be an int in {MIN_BITS}..{MAX_BITS}, got {bits!r}")
+
+
+def check_backend(backend) -> None:
+    _check_choice("backend", backend, BACKENDS)
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _check_range(name, value, low, high):
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")

@@ -1,0 +1,122 @@
+"""The fixed-point number: symmetric integer codes times a power-of-two resolution.
+
+    exponent = ceil(log2(max_abs / (2**(bits-1) - 1)))
+    codes    = clip(round_half_even(x / 2**exponent), -(2**(bits-1) - 1), 2**(bits-1) - 1)
+    value    = codes * 2**exponent
+
+Source: Zhang et al., arXiv 1911.00361, section 3. Pure functions, no state. The least integer of a
+container, which the symmetric range never uses, marks a value that was NaN or infinite.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+MIN_EXPONENT, MAX_EXPONENT = -126, 126  # both 2**e and 2**-e are normal float32 numbers
+
+
+class Fixed(NamedTuple):
+    """A quantized tensor; its value is `codes * 2**exponent`."""
+
+    codes: Array  # int8, int16 or int32; any shape
+    bits: Array  # int32, shape (); width including the sign
+    exponent: Array  # int32, shape ()
+
+
+def container(bits: int):
+    """Smallest integer dtype that holds codes of `bits` bits."""
+    return jnp.int8 if bits <= 8 else jnp.int16 if bits <= 16 else jnp.int32
+
+
+def marker(dtype) -> int:
+    """The code that stands for NaN or infinity in a container."""
+    return int(jnp.iinfo(dtype).min)
+
+
+def max_code(bits):
+    """Largest code of a width, 2**(bits-1) - 1; `bits` is an int or an int32 array."""
+    return (1 << (bits - 1)) - 1 if isinstance(bits, int) else jnp.left_shift(1, bits - 1) - 1
+
+
+def power_of_two(exponent) -> Array:
+    """2**exponent as float32, exact for exponents in -126..127."""
+    biased = jnp.asarray(exponent, jnp.int32) + 127
+    return lax.bitcast_convert_type(lax.shift_left(biased, jnp.full_like(biased, 23)), jnp.float32)
+
+
+def exponent_for(max_abs: Array, bits) -> Array:
+    """Least exponent at which `max_abs` does not clip: ceil(log2(max_abs / (2**(bits-1) - 1))).
+
+    Read from the float's own bits, so that it is exact where log2 would round.
+
+    Args:
+      max_abs: float32, any shape; finite and >= 0. Zero gives the least exponent, -126.
+      bits: int or int32 array that broadcasts with `max_abs`.
+
+    Returns:
+      int32 exponents, clipped to -126..126.
+
+    >>> int(exponent_for(jnp.float32(127.0), 8)), int(exponent_for(jnp.float32(127.5), 8))
+    (0, 1)
+    """
+    pattern = lax.bitcast_convert_type(jnp.asarray(max_abs, jnp.float32), jnp.int32)
+    octave = jnp.right_shift(pattern, 23) - 127  # max_abs = (1 + fraction / 2**23) * 2**octave
+    fraction = jnp.bitwise_and(pattern, (1 << 23) - 1)
+    # (2**(bits-1) - 1) * 2**s >= max_abs at s = octave - (bits - 2) iff 1 + f/2**23 <= 2 - 2**(2-bits)
+    is_above = fraction > (1 << 23) - jnp.left_shift(1, 25 - jnp.asarray(bits, jnp.int32))
+    exponent = octave - (bits - 2) + is_above.astype(jnp.int32)
+    return jnp.clip(exponent, MIN_EXPONENT, MAX_EXPONENT).astype(jnp.int32)
+
+
+def quantize(x: Array, bits, exponent, dtype=jnp.int32) -> Array:
+    """Integer codes of `x`.
+
+    Args:
+      x: float32, any shape.
+      bits: int or int32 scalar, 2..24.
+      exponent: int32 scalar, -126..126.
+      dtype: container of the codes; must hold `bits` bits.
+
+    Returns:
+      Codes of dtype `dtype` and the shape of `x`; NaN and infinities give `marker(dtype)`.
+
+    >>> quantize(jnp.array([0.5, 1.5, 2.5, 999.0]), 8, 0).tolist()
+    [0, 2, 2, 127]
+    """
+    limit = jnp.asarray(max_code(bits), jnp.float32)
+    scaled = lax.round(x * power_of_two(-exponent), lax.RoundingMethod.TO_NEAREST_EVEN)
+    codes = lax.clamp(-limit, scaled, limit)
+    codes = jnp.where(jnp.isfinite(x), codes, jnp.float32(marker(dtype)))
+    return codes.astype(dtype)
+
+
+def dequantize(number: Fixed) -> Array:
+    """float32 value of a quantized tensor; NaN where it was not finite."""
+    value = number.codes.astype(jnp.float32) * power_of_two(number.exponent)
+    return jnp.where(number.codes == marker(number.codes.dtype), jnp.float32(jnp.nan), value)
+
+
+def count_nonfinite(codes: Array) -> Array:
+    """float32 scalar: how many values of a quantized tensor were NaN or infinite."""
+    return jnp.sum((codes == marker(codes.dtype)).astype(jnp.float32))
+
+
+def scale(sums: Array, first: Array, second: Array) -> Array:
+    """`sums * 2**(first + second)` in float32; the smaller power goes first.
+
+    A sum of codes is 0 or at least 1 in magnitude, so neither step leaves the float32 range unless the
+    result does.
+    """
+    low, high = jnp.minimum(first, second), jnp.maximum(first, second)
+    return sums * power_of_two(low) * power_of_two(high)
+
+
+def quantize_to(x: Array, bits: int) -> Array:
+    """`x` rounded to `bits` bits at its own range: float32 of the same shape, for a look by eye.
+
+    >>> quantize_to(jnp.array([1.0, 0.3]), 4).tolist()
+    [1.0, 0.25]
+    """
+    exponent = exponent_for(jnp.max(jnp.abs(x), initial=0.0), bits)
+    return dequantize(Fixed(quantize(x, bits, exponent), jnp.int32(bits), exponent))

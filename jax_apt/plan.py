@@ -1,0 +1,354 @@
+"""What the transform will do with a jaxpr: which products are quantized, their names, widths, backends.
+
+A layer is named by the pytree path of the parameter that feeds it, followed through whatever is computed
+from parameters alone (casts, reshapes, transposes, weight standardization) and into the bodies of jit,
+scan, remat, cond and custom rules. The same walk says which operand is the weight. A product of two
+activations takes the name stack, or its primitive's name.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+
+from jax_apt import _jax_versions as versions
+from jax_apt import xla_ops
+from jax_apt.config import Rule, candidates
+from jax_apt.products import PRODUCTS
+from jax_apt.state import Layer, Layout, LeftInFloat
+
+_WEIGHT_LEAVES = ("kernel", "weight", "w", "embedding")
+_DEFAULT_RULE = Rule()
+
+
+class Parameter(NamedTuple):
+    """Where a value that depends on parameters alone comes from."""
+
+    path: str  # of the largest parameter in it; "" for constants
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) if self.path else -1
+
+
+_CONSTANT = Parameter("", ())
+_GRADIENT = Parameter("<gradient>", ())  # depends on a gradient that a user's custom rule receives
+Label = Parameter | None  # None: the value depends on data
+
+
+class QuantizedProduct(NamedTuple):
+    """A product that the replay swaps for its quantized form."""
+
+    layer: str
+    is_weight_lhs: bool
+
+
+class Nested(NamedTuple):
+    """An equation with bodies in which products are quantized."""
+
+    bodies: tuple["Plan", ...]  # of a custom rule: the function, then its gradient
+    is_over_layers: bool = False  # a scan whose slices have a precision each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A jaxpr and what happens to its equations; those not listed run as they are."""
+
+    jaxpr: ClosedJaxpr
+    nodes: dict[int, QuantizedProduct | Nested]
+
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in this jaxpr and its bodies, each once."""
+        names: dict[str, None] = {}
+        for node in self.nodes.values():
+            if isinstance(node, QuantizedProduct):
+                names[node.layer] = None
+            else:
+                names |= dict.fromkeys(name for body in node.bodies for name in body.layers())
+        return tuple(names)
+
+
+def make_plan(
+    jaxpr: ClosedJaxpr, labels: Sequence[Label], rules: Sequence[Rule], backend: str
+) -> tuple[Plan, Layout]:
+    """Plans the replay of a traced function.
+
+    Args:
+      jaxpr: the function.
+      labels: for each of its inputs, the parameter that it is, or None for data.
+      rules: first match wins; layers that none hits get the default rule.
+      backend: default backend.
+
+    Raises:
+      NotImplementedError: a primitive hides a product that cannot be reached.
+      TypeError: a product's dtypes cannot be quantized.
+    """
+    planner = _Planner(tuple(rules), backend)
+    plan, _ = planner.walk(jaxpr, list(labels), stack=(), scope="")
+    return plan, planner.layout()
+
+
+def parameter_labels(variables: Any) -> list[Label]:
+    """The label of each leaf of a pytree of parameters."""
+    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+    return [Parameter(_parameter_path(path), np.shape(leaf)) for path, leaf in leaves]
+
+
+def _parameter_path(path) -> str:
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]  # an NNX variable holds its array there
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "parameter"
+
+
+def layer_name(path: str) -> str:
+    """Layer of a parameter's path: "params/Conv_0/kernel" -> "Conv_0"."""
+    parts = path.split("/")
+    if parts[0] == "params" and len(parts) > 1:
+        parts = parts[1:]
+    if parts[-1] in _WEIGHT_LEAVES and len(parts) > 1:
+        parts = parts[:-1]
+    return "/".join(parts)
+
+
+def has_product(jaxpr: ClosedJaxpr) -> bool:
+    return any(
+        eqn.primitive.name in (*PRODUCTS, *versions.OTHER_PRODUCTS)
+        or any(map(has_product, versions.sub_jaxprs(eqn)))
+        for eqn in jaxpr.jaxpr.eqns
+    )
+
+
+# Walk
+
+
+@dataclass
+class _Planner:
+    rules: tuple[Rule, ...]
+    backend: str
+    found: dict[str, Layer] = field(default_factory=dict)
+    left: dict[str, LeftInFloat] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
+
+    def layout(self) -> Layout:
+        unused = tuple(r.match for i, r in enumerate(self.rules) if i not in self.used)
+        return Layout(tuple(self.found.values()), tuple(self.left.values()), unused)
+
+    def walk(
+        self, jaxpr: ClosedJaxpr, labels: list[Label], stack: tuple[int, ...], scope: str
+    ) -> tuple[Plan, list[Label]]:
+        """Plan of a jaxpr whose inputs have these labels, and the labels of its outputs."""
+        known: dict[Any, Label] = dict(zip(jaxpr.jaxpr.invars, labels, strict=True))
+        known |= dict.fromkeys(jaxpr.jaxpr.constvars, _CONSTANT)
+
+        def label_of(var) -> Label:
+            return _CONSTANT if isinstance(var, Literal) else known[var]
+
+        nodes: dict[int, QuantizedProduct | Nested] = {}
+        for i, eqn in enumerate(jaxpr.jaxpr.eqns):
+            inputs = [label_of(v) for v in eqn.invars]
+            node, outputs = self._visit(eqn, inputs, stack, _join_scope(scope, versions.scope(eqn)))
+            if node is not None:
+                nodes[i] = node
+            known |= dict(zip(eqn.outvars, outputs, strict=True))
+        return Plan(jaxpr, nodes), [label_of(v) for v in jaxpr.jaxpr.outvars]
+
+    def _visit(self, eqn, inputs: list[Label], stack, scope):
+        """(node or None, labels of the outputs) of one equation."""
+        name = eqn.primitive.name
+        outputs = [_join(inputs)] * len(eqn.outvars)
+        if name in PRODUCTS:
+            return self._product(eqn, inputs, stack, scope), outputs
+        if name in versions.OTHER_PRODUCTS:
+            self._leave(scope or name, eqn, f"{name} has no fixed-point form")
+            return None, outputs
+        if not any(map(has_product, versions.sub_jaxprs(eqn))):
+            return None, outputs
+        if name == "scan":
+            return self._scan(eqn, inputs, stack, scope)
+        if name == "while":
+            return self._while(eqn, inputs, stack, scope)
+        if name == "cond":
+            return self._cond(eqn, inputs, stack, scope)
+        if name in versions.CUSTOM_RULE:
+            return self._custom_rule(eqn, inputs, stack, scope)
+        if name in (*versions.JIT, *versions.REMAT, *versions.CALL):
+            (body,) = versions.sub_jaxprs(eqn)
+            plan, outputs = self.walk(body, inputs, stack, scope)
+            return Nested((plan,)), outputs
+        raise NotImplementedError(
+            f"{name} at {versions.source_line(eqn)} hides a matrix product or convolution that "
+            "apt_quantize cannot reach; call it outside the quantized function"
+        )
+
+    # Bodies
+
+    def _scan(self, eqn, inputs, stack, scope):
+        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        scanned = inputs[consts + carry :]
+        is_over_layers = any(label is not None and label.path for label in scanned)
+        inner = (*stack, eqn.params["length"]) if is_over_layers else stack
+        labels = [*inputs[:consts], *[None] * carry, *scanned]
+        plan, outputs = self.walk(eqn.params["jaxpr"], labels, inner, scope)
+        return Nested((plan,), is_over_layers), outputs
+
+    def _while(self, eqn, inputs, stack, scope):
+        c, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry: list[Label] = [None] * (len(inputs) - c - b)
+        test, _ = self.walk(eqn.params["cond_jaxpr"], [*inputs[:c], *carry], stack, scope)
+        body, outputs = self.walk(
+            eqn.params["body_jaxpr"], [*inputs[c : c + b], *carry], stack, scope
+        )
+        return Nested((test, body)), outputs
+
+    def _cond(self, eqn, inputs, stack, scope):
+        walks = [self.walk(b, inputs[1:], stack, scope) for b in eqn.params["branches"]]
+        outputs = [_join(labels) for labels in zip(*(out for _, out in walks), strict=True)]
+        return Nested(tuple(plan for plan, _ in walks)), outputs
+
+    def _custom_rule(self, eqn, inputs, stack, scope):
+        """The function's own products, and those of the gradient that its author wrote."""
+        (body,) = versions.sub_jaxprs(eqn)
+        forward, outputs = self.walk(body, inputs, stack, scope)
+        program = versions.gradient_program(eqn)
+        cotangents: list[Label] = [_GRADIENT] * (len(program.in_avals) - len(inputs))
+        gradient, _ = self.walk(program, [*inputs, *cotangents], stack, scope)
+        return Nested((forward, gradient)), outputs
+
+    # Products
+
+    def _product(self, eqn: JaxprEqn, inputs, stack, scope) -> QuantizedProduct | None:
+        is_weight_lhs = _is_weight_lhs(*inputs)
+        other, weight = reversed(inputs) if is_weight_lhs else inputs
+        parameter = weight if weight not in (None, _CONSTANT, _GRADIENT) else None
+        name = layer_name(parameter.path) if parameter else scope or eqn.primitive.name
+        if _GRADIENT in inputs:
+            name = f"{name}/gradient"
+        if _is_integer_product(eqn):
+            self._leave(name, eqn, "an integer product is exact already")
+            return None
+        index, rule = self._rule_for(name)
+        if not rule.quantize:
+            self._leave(name, eqn, f"rule {rule.match!r}")
+            return None
+        _check_dtypes(eqn, name)
+        backend, reason = choose_backend(rule.backend or self.backend)
+        layer = Layer(
+            name=name,
+            primitive=eqn.primitive.name,
+            stack=stack,
+            weight_shape=parameter.shape if parameter else None,
+            widths=(_widths(rule, other), _widths(rule, weight), candidates(rule.grads)),
+            backend=backend,
+            reason=reason,
+            rule=rule.match if index is not None else None,
+        )
+        return QuantizedProduct(self._register(layer, bool(parameter)), is_weight_lhs)
+
+    def _rule_for(self, name: str) -> tuple[int | None, Rule]:
+        for i, rule in enumerate(self.rules):
+            if rule.hits(name):
+                self.used.add(i)
+                return i, rule
+        return None, _DEFAULT_RULE
+
+    def _register(self, layer: Layer, is_shared: bool) -> str:
+        """The layer's name; a parameter's further uses share its entry, others get a number."""
+        for name in _numbered(layer.name):
+            if name not in self.found:
+                self.found[name] = layer._replace(name=name)
+                return name
+            if is_shared and self.found[name] == layer._replace(name=name):
+                return name
+        raise AssertionError("unreachable: the numbers do not end")
+
+    def _leave(self, name: str, eqn: JaxprEqn, reason: str) -> None:
+        name = next(n for n in _numbered(name) if n not in self.left)
+        self.left[name] = LeftInFloat(name, eqn.primitive.name, reason)
+
+
+def _numbered(name: str):
+    return itertools.chain([name], (f"{name}#{k}" for k in itertools.count(1)))
+
+
+def _join_scope(outer: str, inner: str) -> str:
+    return "/".join(part for part in (outer, inner) if part)
+
+
+def _join(labels: Sequence[Label]) -> Label:
+    """Label of a value computed from values with these labels."""
+    if _GRADIENT in labels:
+        return _GRADIENT
+    if None in labels:
+        return None
+    return max((p for p in labels if p is not None), key=lambda p: p.size, default=_CONSTANT)
+
+
+def _is_weight_lhs(lhs: Label, rhs: Label) -> bool:
+    if lhs in (None, _GRADIENT) or rhs in (None, _GRADIENT):
+        return rhs in (None, _GRADIENT) and lhs not in (None, _GRADIENT)
+    return lhs.size > rhs.size
+
+
+def _widths(rule: Rule, label: Label) -> tuple[int, ...]:
+    if label == _GRADIENT:
+        return candidates(rule.grads)
+    return candidates(rule.acts if label is None else rule.weights)
+
+
+def _is_integer_product(eqn: JaxprEqn) -> bool:
+    return all(jnp.issubdtype(v.aval.dtype, jnp.integer) for v in eqn.invars)
+
+
+def _check_dtypes(eqn: JaxprEqn, name: str) -> None:
+    allowed = (jnp.float32, jnp.bfloat16, jnp.float16)
+    for var in (*eqn.invars, *eqn.outvars):
+        if var.aval.dtype not in allowed:
+            raise TypeError(
+                f"layer {name}: {eqn.primitive.name} at {versions.source_line(eqn)} has "
+                f"{var.aval.dtype} values; apt_quantize takes float32, bfloat16 and float16 (results are "
+                f"float32 sums). Cast them, or leave the layer in float with "
+                f"Rule({name!r}, quantize=False)"
+            )
+
+
+def choose_backend(requested: str) -> tuple[str, str]:
+    """The backend that runs here and why.
+
+    Raises:
+      RuntimeError: "native" was asked for by name and cannot run here; the message says why.
+    """
+    if requested in ("emulate", "xla"):
+        return requested, "asked for"
+    obstacle = _native_obstacle()
+    if requested == "native":
+        if obstacle:
+            raise RuntimeError(f"backend 'native' cannot run here: {obstacle}")
+        return "native", f"asked for ({xla_ops.isa()})"
+    if obstacle:
+        return "xla", f"native cannot run: {obstacle}"
+    return "native", f"CPU with {xla_ops.isa()}"
+
+
+def _native_obstacle() -> str:
+    if versions.platform() != "cpu":
+        return f"JAX runs on {versions.platform()}, native is for the CPU"
+    return "" if xla_ops.is_available() else xla_ops.unavailable_reason()
+
+
+def warn_unused_rules(layout: Layout) -> None:
+    """Warns of rules that hit no layer, with the names that there are."""
+    if layout.unused_rules:
+        names = [layer.name for layer in layout.layers] + [left.name for left in layout.left_in_float]
+        warnings.warn(
+            f"no layer is hit by the rule(s) {', '.join(map(repr, layout.unused_rules))}; the layers are "
+            f"{', '.join(names) or 'none'}",
+            stacklevel=4,
+        )

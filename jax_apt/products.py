@@ -1,0 +1,256 @@
+"""The plain integer product: exact convolutions and matrix products of quantized tensors.
+
+A `Program` is a product as JAX traced it: a convolution or a `dot_general`, with the transposes and
+reversals that JAX's own transposition rule puts around it. `run` replays it on integer codes with one of
+three backends. Each sums codes exactly, rounds the sum once to float32 and multiplies it by the two
+resolutions, so all three give the same bits:
+
+    emulate  float32 products of limbs so narrow that no partial sum exceeds 2**24; any device
+    xla      int8 x int8 -> int32 products of limbs of 8 bits; any device
+    native   the CPU custom call of `jax_apt.xla_ops`, width as a run-time operand
+
+Values that were not finite follow float32's rules: they spoil the sums that they enter.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from jax_apt import xla_ops
+from jax_apt.fixed_point import Fixed, count_nonfinite, dequantize, scale
+from jax_apt.gemm_form import as_gemm
+from jax_apt.wide_integers import Wide, add, to_float32, widen
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+_INT32_DEPTH = (2**31 - 1) // 2**14  # products of two int8 codes that an int32 sum always holds
+_FLOAT32_LIMIT = 2**24  # integers up to here are exact in float32
+
+
+class Operand(NamedTuple):
+    """A quantized tensor with what is known of its width before the program runs."""
+
+    number: Fixed
+    widths: tuple[int, ...]  # candidates of number.bits, ascending
+
+
+# Programs
+
+
+class Programs(NamedTuple):
+    """The three products of a layer, each of two operands."""
+
+    forward: ClosedJaxpr  # (lhs, rhs) -> out
+    lhs_gradient: ClosedJaxpr  # (rhs, out gradient) -> gradient of lhs
+    rhs_gradient: ClosedJaxpr  # (lhs, out gradient) -> gradient of rhs
+
+
+def trace_programs(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Programs:
+    """The three products of a convolution or `dot_general` equation, in float32.
+
+    dlhs and drhs come from JAX's own transposition rule, so every dimension number, padding, dilation and
+    group is covered by it.
+    """
+    params = dict(eqn.params) | {"preferred_element_type": jnp.dtype(jnp.float32)}
+    lhs = jax.ShapeDtypeStruct(lhs_shape, jnp.float32)
+    rhs = jax.ShapeDtypeStruct(rhs_shape, jnp.float32)
+
+    def forward(lhs, rhs):
+        return eqn.primitive.bind(lhs, rhs, **params)
+
+    def lhs_gradient(rhs, out):
+        return jax.linear_transpose(lambda value: forward(value, rhs), lhs)(out)[0]
+
+    def rhs_gradient(lhs, out):
+        return jax.linear_transpose(lambda value: forward(lhs, value), rhs)(out)[0]
+
+    out = jax.eval_shape(forward, lhs, rhs)
+    return Programs(
+        jax.make_jaxpr(forward)(lhs, rhs),
+        jax.make_jaxpr(lhs_gradient)(rhs, out),
+        jax.make_jaxpr(rhs_gradient)(lhs, out),
+    )
+
+
+def run(program: ClosedJaxpr, a: Operand, b: Operand, backend: str) -> Array:
+    """float32 result of a program on quantized operands, exact up to one rounding per element."""
+    jaxpr: Jaxpr = program.jaxpr
+    values: dict = dict(zip(jaxpr.invars, (a, b), strict=True))
+    values |= dict(zip(jaxpr.constvars, program.consts, strict=True))
+    for eqn in jaxpr.eqns:
+        inputs = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+        values[eqn.outvars[0]] = _step(eqn, inputs, backend)
+    return values[jaxpr.outvars[0]]
+
+
+def _step(eqn: JaxprEqn, inputs: list, backend: str):
+    """One equation of a program: the product itself, or a rearrangement of its operands or result."""
+    name = eqn.primitive.name
+    if name in PRODUCTS:
+        return _PRODUCT_OF[backend](eqn, *inputs)
+    if name in ("convert_element_type", "copy"):
+        return inputs[0]
+    if name not in ("transpose", "rev", "reshape", "squeeze", "broadcast_in_dim"):
+        raise NotImplementedError(f"product program holds {name}, which has no integer form")
+    if not isinstance(inputs[0], Operand):
+        return eqn.primitive.bind(*inputs, **eqn.params)
+    number, widths = inputs[0]
+    codes = eqn.primitive.bind(number.codes, **eqn.params)
+    return Operand(number._replace(codes=codes), widths)
+
+
+# Backends
+
+
+def _native(eqn: JaxprEqn, a: Operand, b: Operand) -> Array:
+    form = as_gemm(eqn, a.number.codes, b.number.codes)
+    formats = jnp.stack([a.number.bits, a.number.exponent, b.number.bits, b.number.exponent])
+    return form.finish(xla_ops.gemm(form.lhs, form.rhs, formats))
+
+
+def _portable(exact: Callable[[JaxprEqn, Array, Array, int, int], Array]):
+    """A backend from `exact(eqn, a, b, a_bits, b_bits)`, which knows the widths when it is traced."""
+
+    def product(eqn: JaxprEqn, a: Operand, b: Operand) -> Array:
+        def integers(a_codes, b_codes):
+            branches = [
+                lambda x, y, widths=widths: exact(eqn, x, y, *widths)
+                for widths in itertools.product(a.widths, b.widths)
+            ]
+            index = _index(a) * len(b.widths) + _index(b)
+            sums = lax.switch(index, branches, a_codes, b_codes)
+            return scale(sums, a.number.exponent, b.number.exponent)
+
+        def floats(a_codes, b_codes):
+            a_values = dequantize(a.number._replace(codes=a_codes))
+            b_values = dequantize(b.number._replace(codes=b_codes))
+            return eqn.primitive.bind(a_values, b_values, **eqn.params)
+
+        codes = a.number.codes, b.number.codes
+        is_finite = count_nonfinite(codes[0]) + count_nonfinite(codes[1]) == 0
+        return lax.cond(is_finite, integers, floats, *codes)
+
+    return product
+
+
+def _index(operand: Operand) -> Array:
+    """Position of a run-time width among its candidates."""
+    return jnp.sum(operand.number.bits > jnp.array(operand.widths, jnp.int32), dtype=jnp.int32)
+
+
+def _emulate(eqn: JaxprEqn, a: Array, b: Array, a_bits: int, b_bits: int) -> Array:
+    """Sums of codes by float32 products of limbs that leave every partial sum exact."""
+    params = dict(eqn.params) | {"precision": lax.Precision.HIGHEST}
+    a_limb, b_limb = _float_limb_bits(a_bits, b_bits, _depth(eqn))
+    terms = []
+    for (x, i), (y, j) in itertools.product(
+        _limbs(a, a_bits, a_limb), _limbs(b, b_bits, b_limb)
+    ):
+        partial = eqn.primitive.bind(x.astype(jnp.float32), y.astype(jnp.float32), **params)
+        terms.append((partial, i + j))
+    if len(terms) == 1:
+        return terms[0][0]
+    return _sum(widen(partial.astype(jnp.int32), shift) for partial, shift in terms)
+
+
+def _float_limb_bits(a_bits: int, b_bits: int, depth: int) -> tuple[int, int]:
+    """Limb widths with the fewest products whose sums over `depth` stay within 2**24."""
+    choices = [
+        (math.ceil(a_bits / i), math.ceil(b_bits / j), i * j)
+        for i in range(1, a_bits + 1)
+        for j in range(1, b_bits + 1)
+        if depth * 2 ** (math.ceil(a_bits / i) + math.ceil(b_bits / j) - 2) <= _FLOAT32_LIMIT
+    ]
+    if not choices:
+        raise ValueError(f"a product of depth {depth} is too deep for the emulate backend (2**24)")
+    a_limb, b_limb, _ = min(choices, key=lambda choice: choice[2])
+    return a_limb, b_limb
+
+
+def _limbs(codes: Array, bits: int, limb_bits: int) -> list[tuple[Array, int]]:
+    """Balanced digits: codes = sum(limb * 2**shift), each limb within +-2**(limb_bits - 1)."""
+    rest, limbs = codes.astype(jnp.int32), []
+    half = 1 << (limb_bits - 1)
+    for shift in range(0, bits, limb_bits):
+        if shift + limb_bits >= bits:
+            return [*limbs, (rest, shift)]
+        digit = ((rest + half) & (2 * half - 1)) - half
+        limbs.append((digit, shift))
+        rest = (rest - digit) >> limb_bits
+    raise AssertionError("unreachable: the last limb returns")
+
+
+def _xla(eqn: JaxprEqn, a: Array, b: Array, a_bits: int, b_bits: int) -> Array:
+    """Sums of codes by int8 x int8 -> int32 matrix products of 8-bit limbs."""
+    form = as_gemm(eqn, a, b)
+    if max(a_bits, b_bits) <= 8 and form.depth <= _INT32_DEPTH:
+        return form.finish(_int8_gemm(form.lhs, form.rhs).astype(jnp.float32))
+    terms = []
+    for start in range(0, max(form.depth, 1), _INT32_DEPTH):
+        block = slice(start, start + _INT32_DEPTH)
+        lhs, rhs = form.lhs[:, :, block], form.rhs[:, block, :]
+        for (x, i), (y, j) in itertools.product(
+            _int8_limbs(lhs, a_bits), _int8_limbs(rhs, b_bits)
+        ):
+            terms.append(widen(_limb_product(x, y, lhs.shape[2]), i + j))
+    return form.finish(jnp.broadcast_to(_sum(terms), (*form.lhs.shape[:2], form.rhs.shape[2])))
+
+
+def _int8_limbs(codes: Array, bits: int) -> list[tuple[Array | None, int]]:
+    """Digits in -128..127 with their shifts; None is a tensor of ones.
+
+    The low digits of two's complement are 0..255, so 128 is taken off each and given back through a
+    tensor of ones, of which a product is just a sum of the other operand.
+    """
+    wide, limbs, shift = codes.astype(jnp.int32), [], 0
+    while bits - shift > 8:
+        limbs.append((((wide >> shift & 255) - 128).astype(jnp.int8), shift))
+        limbs.append((None, shift + 7))
+        shift += 8
+    return [*limbs, ((wide >> shift).astype(jnp.int8), shift)]
+
+
+def _limb_product(x: Array | None, y: Array | None, depth: int) -> Array:
+    """int32 (B, M, N), or a shape that broadcasts to it, of two limbs (B, M, K) and (B, K, N)."""
+    if x is not None and y is not None:
+        return _int8_gemm(x, y)
+    if x is not None:
+        return jnp.sum(x, 2, dtype=jnp.int32, keepdims=True)
+    if y is not None:
+        return jnp.sum(y, 1, dtype=jnp.int32, keepdims=True)
+    return jnp.full((1, 1, 1), depth, jnp.int32)
+
+
+def _int8_gemm(lhs: Array, rhs: Array) -> Array:
+    """(B, M, K) x (B, K, N) -> (B, M, N), int8 to int32."""
+    dims = (((2,), (1,)), ((0,), (0,)))
+    lhs, rhs = lhs.astype(jnp.int8), rhs.astype(jnp.int8)
+    return lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.int32)
+
+
+def _sum(terms) -> Array:
+    """float32 of an exact sum of `Wide` terms."""
+    total: Wide | None = None
+    for term in terms:
+        total = term if total is None else add(total, term)
+    assert total is not None
+    return to_float32(total)
+
+
+def _depth(eqn: JaxprEqn) -> int:
+    """Upper bound on the terms of one output element."""
+    shape = eqn.invars[1].aval.shape
+    if eqn.primitive.name == "dot_general":
+        (_, contracting), _ = eqn.params["dimension_numbers"]
+        return math.prod(shape[d] for d in contracting)
+    out_feature = eqn.params["dimension_numbers"].rhs_spec[0]
+    return math.prod(shape) // max(shape[out_feature], 1)
+
+
+_PRODUCT_OF = {"emulate": _portable(_emulate), "xla": _portable(_xla), "native": _native}

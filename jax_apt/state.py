@@ -1,0 +1,223 @@
+"""The precision state: one pytree of arrays for all layers, and the taps that bring statistics back.
+
+Struct of arrays inside, looked up by layer name outside. A tap is a float zero passed in beside the state;
+its cotangent is a vector of *additive* statistics, so a layer used twice, a scan over time, microbatches
+and several devices need no special case, and a layer that the loss did not use keeps its state:
+
+    [uses measured, non-finite values, sum|x|, error sum per width, one-hot of the exponent per width]
+
+The largest magnitude of several uses is the highest exponent that any of them marked.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_apt.config import Config
+from jax_apt.fixed_point import MAX_EXPONENT, MIN_EXPONENT
+from jax_apt.qpa import Measurement, TensorPrecision, adjust
+
+TENSORS = ("x", "w", "dy")  # activation, weight (or second activation), output gradient
+
+_EXPONENTS = MAX_EXPONENT - MIN_EXPONENT + 1
+
+
+class Layer(NamedTuple):
+    """What is fixed of a quantized layer when the function is traced."""
+
+    name: str
+    primitive: str  # "dot_general" or "conv_general_dilated"
+    stack: tuple[int, ...]  # lengths of the scans over layers around it: one precision per slice
+    weight_shape: tuple[int, ...] | None  # None: a product of two activations
+    widths: tuple[tuple[int, ...], ...]  # candidate bit-widths of x, w, dy
+    backend: str  # "native", "xla" or "emulate"
+    reason: str  # why this backend
+    rule: str | None  # regular expression of the rule that hit it; None: the default
+
+
+class LeftInFloat(NamedTuple):
+    """A product that is not quantized."""
+
+    name: str
+    primitive: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static half of a state: what its arrays mean."""
+
+    layers: tuple[Layer, ...]
+    left_in_float: tuple[LeftInFloat, ...] = ()
+    unused_rules: tuple[str, ...] = ()
+
+    def rows(self) -> Iterator[tuple[Layer, slice]]:
+        """Each layer with its rows in the state's arrays: `stack` times three tensors."""
+        start = 0
+        for layer in self.layers:
+            stop = start + 3 * math.prod(layer.stack)
+            yield layer, slice(start, stop)
+            start = stop
+
+    def padded_widths(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Per layer, candidate widths of x, w, dy, the last one repeated to one length for all."""
+        most = max((len(w) for layer in self.layers for w in layer.widths), default=1)
+        return {
+            layer.name: tuple(w + w[-1:] * (most - len(w)) for w in layer.widths)
+            for layer in self.layers
+        }
+
+    def candidates(self) -> np.ndarray:
+        """int32 (tensors, W): the padded candidate widths, row by row as in the state's arrays."""
+        padded = self.padded_widths()
+        table = [padded[x.name] for x in self.layers for _ in range(math.prod(x.stack))]
+        return np.array(table, np.int32).reshape(3 * len(table), -1 if table else 1)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AptState:
+    """Precision of every tensor of every quantized layer; a pytree of arrays.
+
+    `state["Conv_0"]` gives the layer's `TensorPrecision` by tensor name: "x", "w", "dy".
+    """
+
+    step: Array  # int32, shape (); training steps taken
+    precision: TensorPrecision  # arrays (tensors, ...), rows as in `layout.rows()`
+    taps: dict[str, Array] | None = None  # float32 stack + (3, S) per layer; None outside training
+    layout: Layout = field(default=Layout(()), metadata={"static": True})
+
+    def __getitem__(self, name: str) -> dict[str, TensorPrecision]:
+        for layer, rows in self.layout.rows():
+            if layer.name == name:
+                return {t: _rows_of(self.precision, layer, rows, i) for i, t in enumerate(TENSORS)}
+        raise KeyError(f"no quantized layer {name!r}; there are {', '.join(self.layout.names())}")
+
+
+def _rows_of(precision: TensorPrecision, layer: Layer, rows: slice, tensor: int) -> TensorPrecision:
+    def select(x):
+        return x[rows].reshape(*layer.stack, 3, *x.shape[1:]).take(tensor, axis=len(layer.stack))
+
+    return TensorPrecision(*map(select, precision))
+
+
+def initial_state(layout: Layout) -> AptState:
+    """State before the first step: narrowest widths, nothing measured."""
+    candidates = layout.candidates()
+    count, most = candidates.shape
+    zeros = np.zeros(count, np.int32)
+    return AptState(
+        step=jnp.zeros((), jnp.int32),
+        precision=TensorPrecision(
+            bits=jnp.asarray(candidates[:, 0]),
+            exponent=jnp.asarray(zeros),
+            range_average=jnp.asarray(zeros, jnp.float32),
+            next_update=jnp.asarray(zeros),
+            updates=jnp.asarray(zeros),
+            nonfinite=jnp.asarray(zeros),
+            steps_at_width=jnp.zeros((count, most), jnp.int32),
+        ),
+        layout=layout,
+    )
+
+
+# Formats: what a quantized product reads
+
+
+def formats(state: AptState) -> dict[str, Array]:
+    """Per layer, int32 `stack + (3, 3)`: bits, exponent and whether to measure, of x, w and dy.
+
+    With taps (training) a tensor is measured when its update is due; without them only if it never was.
+    """
+    p = state.precision
+    is_due = p.updates == 0
+    if state.taps is not None:
+        is_due = is_due | (p.next_update <= state.step)
+    table = jnp.stack([p.bits, p.exponent, is_due.astype(jnp.int32)], axis=-1)
+    return {
+        layer.name: table[rows].reshape(*layer.stack, 3, 3) for layer, rows in state.layout.rows()
+    }
+
+
+# Taps: what a quantized product reports
+
+
+def zero_taps(layout: Layout) -> dict[str, Array]:
+    """Taps of every layer: float32 zeros, `stack + (3, S)`."""
+    size = tap_size(layout.candidates().shape[1])
+    return {layer.name: jnp.zeros((*layer.stack, 3, size), jnp.float32) for layer in layout.layers}
+
+
+def tap_size(widths: int) -> int:
+    return 3 + widths + widths * _EXPONENTS
+
+
+def to_tap(measured: Measurement) -> Array:
+    """Additive float32 vector of one measurement; zero where nothing was measured."""
+    marks = jnp.arange(MIN_EXPONENT, MAX_EXPONENT + 1) == measured.exponents[:, None]
+    marks = marks & (measured.count > 0) & (measured.abs_sum > 0)
+    head = jnp.stack([measured.count, measured.nonfinite, measured.abs_sum])
+    return jnp.concatenate([head, measured.error_sums, marks.astype(jnp.float32).reshape(-1)])
+
+
+def from_tap(tap: Array, widths: int) -> Measurement:
+    """The measurement that a sum of taps (..., S) stands for."""
+    marks = tap[..., 3 + widths :].reshape(*tap.shape[:-1], widths, _EXPONENTS)
+    exponents = jnp.arange(MIN_EXPONENT, MAX_EXPONENT + 1, dtype=jnp.int32)
+    highest = jnp.max(jnp.where(marks > 0, exponents, MIN_EXPONENT), axis=-1)
+    return Measurement(tap[..., 0], tap[..., 1], tap[..., 2], tap[..., 3 : 3 + widths], highest)
+
+
+def update(state: AptState, taps: dict[str, Array], config: Config) -> AptState:
+    """The state after a training step, from the cotangents of its taps. Pure, vectorized over tensors.
+
+    Args:
+      state: the state that the step was run with.
+      taps: gradient of the loss with respect to the taps; sums over microbatches or devices are fine.
+      config: constants of the method.
+
+    Raises:
+      ValueError: the taps are not those of the state's layers; the message names the difference.
+    """
+    if set(taps) != set(state.layout.names()):
+        difference = sorted(set(taps) ^ set(state.layout.names()))
+        raise ValueError(f"taps and state have different layers: {', '.join(difference)}")
+    candidates = jnp.asarray(state.layout.candidates())
+    if not state.layout.layers:
+        return replace(state, step=state.step + 1, taps=None)
+    size = tap_size(candidates.shape[1])
+    flat = jnp.concatenate([taps[name].reshape(-1, size) for name in state.layout.names()])
+    measured = from_tap(flat, candidates.shape[1])
+    precision = adjust(state.precision, measured, candidates, state.step, config)
+    return replace(state, step=state.step + 1, precision=precision, taps=None)
+
+
+def check_same_layers(state: AptState, layout: Layout) -> None:
+    """Raises ValueError if the state cannot serve a function with these layers; names every difference."""
+    known = {layer.name: layer for layer in state.layout.layers}
+    differences = []
+    for layer in layout.layers:
+        other = known.get(layer.name)
+        if other is None:
+            differences.append(f"{layer.name}: not in the state")
+            continue
+        for what in ("primitive", "stack", "weight_shape", "widths"):
+            if getattr(layer, what) != getattr(other, what):
+                differences.append(
+                    f"{layer.name}: {what} is {getattr(layer, what)} in the function "
+                    f"and {getattr(other, what)} in the state"
+                )
+    if differences:
+        raise ValueError(
+            "the precision state belongs to another function; make one with init(). "
+            + "; ".join(differences)
+        )

@@ -1,0 +1,58 @@
+"""Gradients and the next precision state in one call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_apt.state import AptState
+from jax_apt.transform import AptFunction
+
+
+def value_and_grad(
+    loss_fn: Callable, q: AptFunction, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any, AptState]]:
+    """Like `jax.value_and_grad` with respect to the variables, and the state after the step.
+
+    Args:
+      loss_fn: `loss_fn(variables, state, *args, **kwargs)`, a scalar, or (scalar, aux) if `has_aux`. It
+        calls `q.apply(variables, state, ...)`, as often as it likes.
+      q: the quantized function.
+      has_aux: whether `loss_fn` returns auxiliary data beside the loss.
+
+    Returns:
+      A function of (variables, state, *args, **kwargs) that returns (value, gradients, state); value is
+      (loss, aux) if `has_aux`.
+
+    Raises:
+      TypeError: a leaf of the variables is not float32, float16 or bfloat16, or the state is no AptState.
+    """
+
+    def with_statistics(variables, state: AptState, *args, **kwargs):
+        _check(variables, state)
+
+        def tapped(variables, taps):
+            return loss_fn(variables, q.with_taps(state, taps), *args, **kwargs)
+
+        both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=has_aux)
+        value, (gradients, statistics) = both(variables, q.taps(state))
+        return value, gradients, q.update(state, statistics)
+
+    return with_statistics
+
+
+def _check(variables, state) -> None:
+    if not isinstance(state, AptState):
+        raise TypeError(
+            "value_and_grad's function takes (variables, state, ...); "
+            f"the state must be an AptState, got {type(state).__name__}"
+        )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        dtype = jnp.result_type(leaf)
+        if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "variables"
+            raise TypeError(
+                f"{name} is {dtype}; gradients are taken with respect to float32, float16 or bfloat16 "
+                "leaves: pass the others to the loss as further arguments"
+            )

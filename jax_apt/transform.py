@@ -1,0 +1,350 @@
+"""`apt_quantize`: turns any apply function into one whose products run in adaptive fixed point.
+
+The function is traced to a jaxpr and replayed; `dot_general` and `conv_general_dilated` are swapped for
+quantized products, everything else runs as it was. No monkey-patching, no global context.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import JaxprEqn, Literal
+
+from jax_apt import _jax_versions as versions
+from jax_apt.config import Backend, Config, Rule, check_backend
+from jax_apt.ops import Site, quantized_product
+from jax_apt.plan import (
+    Nested,
+    Plan,
+    QuantizedProduct,
+    make_plan,
+    parameter_labels,
+    warn_unused_rules,
+)
+from jax_apt.products import trace_programs
+from jax_apt.report import Report, make_report
+from jax_apt.state import (
+    AptState,
+    Layout,
+    check_same_layers,
+    formats,
+    initial_state,
+    update,
+    zero_taps,
+)
+
+# API
+
+
+def apt_quantize(
+    fn: Callable,
+    rules: Sequence[Rule] = (),
+    *,
+    config: Config | None = None,
+    backend: Backend = "auto",
+) -> "AptFunction":
+    """Wraps an apply function so that its products train in adaptive fixed point.
+
+    Args:
+      fn: `fn(variables, *args, **kwargs)`, a function of a pytree of parameters and of data: a Linen
+        model's `apply`, an NNX `merge` and call, a Haiku or Equinox apply function, a plain function.
+        Array arguments are traced; Python scalars, strings and None stay as they are.
+      rules: pick layers by name, first match wins; layers that no rule hits get `Rule()`.
+      config: constants of the method; `Config()` if None. Set `steps_per_epoch`.
+      backend: "auto" takes "native" where it can run, else "xla"; or one of "native", "xla", "emulate".
+
+    Returns:
+      The quantized function, with `init`, `apply`, `update` and `report`.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: the backend is unknown.
+
+    >>> import jax, jax.numpy as jnp
+    >>> q = apt_quantize(lambda params, x: x @ params["w"], backend="xla")
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    >>> state = q.init(params, x)
+    >>> q.apply(params, state, x).shape
+    (4, 2)
+    """
+    if not callable(fn):
+        raise TypeError(f"apt_quantize takes a function, got {type(fn).__name__}")
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rules must be Rule objects, got {rule!r}")
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(f"config must be a Config, got {config!r}")
+    check_backend(backend)
+    return AptFunction(fn, tuple(rules), config or Config(), backend)
+
+
+@dataclass(frozen=True)
+class AptFunction:
+    """A function whose products run in adaptive fixed point; made by `apt_quantize`."""
+
+    fn: Callable
+    rules: tuple[Rule, ...]
+    config: Config
+    backend: str
+
+    def init(self, variables: Any, *args, **kwargs) -> AptState:
+        """The precision state before the first step, for arguments of these shapes.
+
+        Args:
+          variables: parameters, as `fn` takes them; arrays or `jax.ShapeDtypeStruct`.
+          *args, **kwargs: the rest of `fn`'s arguments.
+
+        Warns:
+          UserWarning: a rule hit no layer.
+        """
+        traced = _trace(self, variables, args, kwargs)
+        warn_unused_rules(traced.layout)
+        return initial_state(traced.layout)
+
+    def apply(self, variables: Any, state: AptState, *args, **kwargs) -> Any:
+        """`fn(variables, *args, **kwargs)` with its products in fixed point.
+
+        Formats are read from the state. Only in training, when the state carries taps
+        (`value_and_grad`, or `with_taps`), is a tensor measured that is due; a tensor that was never
+        measured is quantized by its own range.
+
+        Raises:
+          TypeError: `state` is no AptState, or a forward-mode derivative is taken.
+          ValueError: the state belongs to another function; the message names the difference.
+        """
+        if not isinstance(state, AptState):
+            raise TypeError(
+                "apply takes the precision state as its second argument: apply(variables, state, ...); "
+                f"got {type(state).__name__}"
+            )
+        traced = _trace(self, variables, args, kwargs)
+        check_same_layers(state, traced.layout)
+        taps = state.taps if state.taps is not None else zero_taps(state.layout)
+        table = formats(state)
+        sites = {name: (table[name], taps[name]) for name in traced.layout.names()}
+        backends = {layer.name: layer.backend for layer in traced.layout.layers}
+        replayer = _Replayer(self.config, state.layout.padded_widths(), backends)
+        try:
+            out = replayer.replay(traced.plan, traced.inputs, sites)
+        except TypeError as error:
+            if versions.is_forward_mode_error(error):
+                raise TypeError(_FORWARD_MODE) from error
+            raise
+        return jax.tree.unflatten(traced.out_tree, out)
+
+    def with_taps(self, state: AptState, taps: dict[str, Array] | None = None) -> AptState:
+        """The state as training uses it: zeros whose gradient is the statistics of the step."""
+        return replace(state, taps=zero_taps(state.layout) if taps is None else taps)
+
+    def taps(self, state: AptState) -> dict[str, Array]:
+        """Zeros to differentiate with respect to: float32 arrays by layer name."""
+        return zero_taps(state.layout)
+
+    def update(self, state: AptState, taps: dict[str, Array]) -> AptState:
+        """The state after a training step, from the gradient of the loss with respect to the taps.
+
+        Raises:
+          ValueError: the taps are not those of the state's layers.
+        """
+        return update(state, taps, self.config)
+
+    def report(self, state: AptState) -> Report:
+        """Every layer with its rule, widths, backend and reason, and what was left in float."""
+        return make_report(state)
+
+
+_FORWARD_MODE = (
+    "a function made by apt_quantize has no forward-mode derivative (jax.jvp, jax.jacfwd, "
+    "jax.linearize): its gradients are quantized in reverse mode alone; use jax.grad, jax.vjp or "
+    "jax.jacrev, or differentiate the original function"
+)
+
+
+# Trace
+
+
+@dataclass(frozen=True)
+class _Traced:
+    plan: Plan
+    layout: Layout
+    inputs: list  # array leaves of the arguments
+    out_tree: Any
+
+
+def _trace(q: AptFunction, variables, args, kwargs) -> _Traced:
+    leaves, tree = jax.tree.flatten((variables, args, kwargs))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    count = len(jax.tree.leaves(variables))
+    labels = parameter_labels(variables) + [None] * (len(leaves) - count)
+
+    def flat_fn(*arrays):
+        remaining = iter(arrays)
+        merged = [
+            next(remaining) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)
+        ]
+        variables, args, kwargs = jax.tree.unflatten(tree, merged)
+        return q.fn(variables, *args, **kwargs)
+
+    arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
+    labels = [label for a, label in zip(is_array, labels, strict=True) if a]
+    jaxpr, out_shape = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
+    plan, layout = make_plan(jaxpr, labels, q.rules, q.backend)
+    return _Traced(plan, layout, arrays, jax.tree.structure(out_shape))
+
+
+# Interpreter
+
+Sites = dict[str, tuple[Array, Array]]  # layer name -> (formats, tap)
+
+
+@dataclass(frozen=True)
+class _Replayer:
+    """Runs a plan. Every method takes the arguments of an equation and returns its list of results."""
+
+    config: Config
+    widths: dict[str, tuple[tuple[int, ...], ...]]  # layer name -> padded candidates of x, w, dy
+    backends: dict[str, str]  # layer name -> backend
+
+    def replay(self, plan: Plan, args: Sequence, sites: Sites) -> list:
+        values: dict = dict(zip(plan.jaxpr.jaxpr.invars, args, strict=True))
+        values |= dict(zip(plan.jaxpr.jaxpr.constvars, plan.jaxpr.consts, strict=True))
+
+        def read(var):
+            return var.val if isinstance(var, Literal) else values[var]
+
+        for i, eqn in enumerate(plan.jaxpr.jaxpr.eqns):
+            inputs = [read(v) for v in eqn.invars]
+            node = plan.nodes.get(i)
+            if node is None:
+                out = versions.bind(eqn, inputs)
+            elif isinstance(node, QuantizedProduct):
+                out = [self._product(eqn, node, inputs, sites)]
+            else:
+                own = {n: sites[n] for body in node.bodies for n in body.layers()}
+                out = self._nested(eqn, node, inputs, own)
+            values |= dict(zip(eqn.outvars, out, strict=True))
+        return [read(v) for v in plan.jaxpr.jaxpr.outvars]
+
+    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites) -> Array:
+        lhs, rhs = (x.astype(jnp.float32) for x in inputs)
+        site = Site(
+            programs=trace_programs(eqn, lhs.shape, rhs.shape),
+            is_weight_lhs=node.is_weight_lhs,
+            widths=self.widths[node.layer],
+            backend=self.backends[node.layer],
+            config=self.config,
+        )
+        with jax.named_scope(f"apt/{node.layer}"):
+            out = quantized_product(site, lhs, rhs, *sites[node.layer])
+        return out.astype(eqn.outvars[0].aval.dtype)
+
+    def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan(eqn, node, inputs, sites)
+        if name == "while":
+            return self._while(eqn, node, inputs, sites)
+        if name == "cond":
+            branches = [partial(self._body, body) for body in node.bodies]
+            return lax.switch(inputs[0], branches, sites, *inputs[1:])
+        if name in versions.CUSTOM_RULE:
+            return self._custom_rule(eqn, node, inputs, sites)
+        body = partial(self._body, node.bodies[0])
+        if name in versions.REMAT:
+            policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+            return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(sites, *inputs)
+        if name in versions.JIT:
+            return self._jit(eqn, body, inputs, sites)
+        return body(sites, *inputs)
+
+    def _body(self, plan: Plan, sites: Sites, *args) -> list:
+        return self.replay(plan, args, sites)
+
+    def _jit(self, eqn: JaxprEqn, body, inputs, sites: Sites) -> list:
+        def named(sites, *args):
+            return body(sites, *args)
+
+        named.__name__ = named.__qualname__ = str(eqn.params.get("name", "jit"))
+        return jax.jit(named, inline=eqn.params.get("inline", False))(sites, *inputs)
+
+    def _scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        """One precision per slice in a scan over layers, one for all steps in a scan over time."""
+        p = eqn.params
+        consts, rest = inputs[: p["num_consts"]], inputs[p["num_consts"] :]
+        carry, xs = rest[: p["num_carry"]], rest[p["num_carry"] :]
+
+        def step(carry, scanned):
+            xs, sliced = scanned
+            inner = sliced if node.is_over_layers else sites
+            out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner)
+            return out[: p["num_carry"]], out[p["num_carry"] :]
+
+        scanned = (xs, sites if node.is_over_layers else None)
+        carry, ys = lax.scan(
+            step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        )
+        return [*carry, *ys]
+
+    def _while(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        c, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond_consts, body_consts, carry = inputs[:c], inputs[c : c + b], inputs[c + b :]
+        test, body = node.bodies
+
+        def should_continue(carry):
+            return self.replay(test, [*cond_consts, *carry], sites)[0]
+
+        def step(carry):
+            return self.replay(body, [*body_consts, *carry], sites)
+
+        return lax.while_loop(should_continue, step, list(carry))
+
+    def _custom_rule(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        """A custom_jvp or custom_vjp function: its own gradient rule, with that rule's products quantized.
+
+        The products in here are not differentiated, so their statistics are pulled out of them with zero
+        cotangents.
+        """
+        forward, gradient = node.bodies
+
+        def observed(plan, formats, taps, args):
+            def function(taps):
+                return self.replay(plan, args, {n: (formats[n], taps[n]) for n in formats})
+
+            out, pullback = jax.vjp(function, taps)
+            return out, pullback
+
+        @jax.custom_vjp
+        def rule(formats, taps, *args):
+            return self.replay(forward, args, {n: (formats[n], taps[n]) for n in formats})
+
+        def rule_forward(formats, taps, *args):
+            out, pullback = observed(forward, formats, taps, args)
+            (statistics,) = pullback(jax.tree.map(_zero_cotangent, out))
+            return out, (formats, taps, args, statistics)
+
+        def rule_backward(residuals, cotangents):
+            formats, taps, args, statistics = residuals
+            cotangents = [c for c in cotangents if c.dtype != jax.dtypes.float0]
+            floats, pullback = observed(gradient, formats, taps, (*args, *cotangents))
+            (more,) = pullback(jax.tree.map(_zero_cotangent, floats))
+            remaining = iter(floats)
+            gradients = [
+                next(remaining) if versions.is_float(x) else _zero_cotangent(x) for x in args
+            ]
+            statistics = jax.tree.map(jnp.add, statistics, more)
+            return jax.tree.map(_zero_cotangent, formats), statistics, *gradients
+
+        rule.defvjp(rule_forward, rule_backward)
+        tables = {name: table for name, (table, _) in sites.items()}
+        return rule(tables, {name: tap for name, (_, tap) in sites.items()}, *inputs)
+
+
+def _zero_cotangent(x):
+    if versions.is_float(x):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
