@@ -4,6 +4,7 @@ Written for jax 0.10.2 and newer; other modules see none of it.
 """
 
 import os
+import re
 import sysconfig
 
 import jax
@@ -74,8 +75,8 @@ def is_float(x) -> bool:
 
 
 def scope(eqn: JaxprEqn) -> str:
-    """Name stack of an equation, "" if it has none."""
-    return str(eqn.source_info.name_stack)
+    """Name stack of an equation without the marks of transformations, "" if it has none."""
+    return re.sub(r"\w+\(|\)", "", str(eqn.source_info.name_stack)).strip("/")
 
 
 def source_line(eqn: JaxprEqn) -> str:

@@ -16,6 +16,26 @@ MODES: tuple[str, ...] = ("grow", "restart")
 MEASURES: tuple[str, ...] = ("mean_magnitude", "elementwise", "resolution")
 
 
+def check_bits(bits) -> None:
+    is_int = isinstance(bits, int) and not isinstance(bits, bool)
+    if not is_int or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be an int in {MIN_BITS}..{MAX_BITS}, got {bits!r}")
+
+
+def check_backend(backend) -> None:
+    _check_choice("backend", backend, BACKENDS)
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _check_range(name, value, low, high):
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Constants of Adaptive Precision Training; the defaults are the published ones.
@@ -124,23 +144,3 @@ def candidates(widths: int | Adaptive) -> tuple[int, ...]:
         return widths.widths
     check_bits(widths)
     return (int(widths),)
-
-
-def check_bits(bits) -> None:
-    is_int = isinstance(bits, int) and not isinstance(bits, bool)
-    if not is_int or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be an int in {MIN_BITS}..{MAX_BITS}, got {bits!r}")
-
-
-def check_backend(backend) -> None:
-    _check_choice("backend", backend, BACKENDS)
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def _check_range(name, value, low, high):
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")

@@ -142,7 +142,7 @@ def adjust(
         bits=bits,
         exponent=keep(exponent, precision.exponent),
         range_average=keep(
-            config.alpha * target + (1 - config.alpha) * previous, precision.range_average
+            previous + config.alpha * (target - previous), precision.range_average
         ),
         next_update=keep(step + interval, precision.next_update),
         updates=precision.updates + is_measured.astype(jnp.int32),
