@@ -94,7 +94,8 @@ def _quantized(site: Site, slot: int, value: Array, formats: Array) -> tuple[Ope
     )
     codes = quantize(value, bits, exponent, container(widths[-1]))
     measured = measured._replace(nonfinite=count_nonfinite(codes))
-    return Operand(Fixed(codes, bits, exponent), tuple(dict.fromkeys(widths))), measured
+    number = Fixed(codes, bits, exponent)
+    return Operand(number, tuple(dict.fromkeys(widths)), value), measured
 
 
 def _measure(value: Array, bits, exponent, widths, config: Config):

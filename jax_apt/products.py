@@ -9,7 +9,8 @@ resolutions, so all three give the same bits:
     xla      int8 x int8 -> int32 products of limbs of 8 bits; any device
     native   the CPU custom call of `jax_apt.xla_ops`, width as a run-time operand
 
-Values that were not finite follow float32's rules: they spoil the sums that they enter.
+A product of an operand with a NaN or an infinity runs in float32, so that these values go where float32
+takes them.
 """
 
 import itertools
@@ -38,6 +39,12 @@ class Operand(NamedTuple):
 
     number: Fixed
     widths: tuple[int, ...]  # candidates of number.bits, ascending
+    value: Array | None = None  # the tensor itself, if it is still there
+
+    def to_float32(self) -> Array:
+        """The quantized value; a non-finite one as it was, or NaN if only its mark is left."""
+        value = dequantize(self.number)
+        return value if self.value is None else jnp.where(jnp.isnan(value), self.value, value)
 
 
 # Programs
@@ -93,16 +100,26 @@ def _step(eqn: JaxprEqn, inputs: list, backend: str):
     """One equation of a program: the product itself, or a rearrangement of its operands or result."""
     name = eqn.primitive.name
     if name in PRODUCTS:
-        return _PRODUCT_OF[backend](eqn, *inputs)
+        return _product(eqn, *inputs, backend)
     if name in ("convert_element_type", "copy"):
         return inputs[0]
     if name not in ("transpose", "rev", "reshape", "squeeze", "broadcast_in_dim"):
         raise NotImplementedError(f"product program holds {name}, which has no integer form")
     if not isinstance(inputs[0], Operand):
         return eqn.primitive.bind(*inputs, **eqn.params)
-    number, widths = inputs[0]
+    number, widths, value = inputs[0]
     codes = eqn.primitive.bind(number.codes, **eqn.params)
-    return Operand(number._replace(codes=codes), widths)
+    value = None if value is None else eqn.primitive.bind(value, **eqn.params)
+    return Operand(number._replace(codes=codes), widths, value)
+
+
+def _product(eqn: JaxprEqn, a: Operand, b: Operand, backend: str) -> Array:
+    is_finite = count_nonfinite(a.number.codes) + count_nonfinite(b.number.codes) == 0
+    return lax.cond(
+        is_finite,
+        lambda: _EXACT[backend](eqn, a, b),
+        lambda: eqn.primitive.bind(a.to_float32(), b.to_float32(), **eqn.params),
+    )
 
 
 # Backends
@@ -118,23 +135,13 @@ def _portable(exact: Callable[[JaxprEqn, Array, Array, int, int], Array]):
     """A backend from `exact(eqn, a, b, a_bits, b_bits)`, which knows the widths when it is traced."""
 
     def product(eqn: JaxprEqn, a: Operand, b: Operand) -> Array:
-        def integers(a_codes, b_codes):
-            branches = [
-                lambda x, y, widths=widths: exact(eqn, x, y, *widths)
-                for widths in itertools.product(a.widths, b.widths)
-            ]
-            index = _index(a) * len(b.widths) + _index(b)
-            sums = lax.switch(index, branches, a_codes, b_codes)
-            return scale(sums, a.number.exponent, b.number.exponent)
-
-        def floats(a_codes, b_codes):
-            a_values = dequantize(a.number._replace(codes=a_codes))
-            b_values = dequantize(b.number._replace(codes=b_codes))
-            return eqn.primitive.bind(a_values, b_values, **eqn.params)
-
-        codes = a.number.codes, b.number.codes
-        is_finite = count_nonfinite(codes[0]) + count_nonfinite(codes[1]) == 0
-        return lax.cond(is_finite, integers, floats, *codes)
+        branches = [
+            lambda x, y, widths=widths: exact(eqn, x, y, *widths)
+            for widths in itertools.product(a.widths, b.widths)
+        ]
+        index = _index(a) * len(b.widths) + _index(b)
+        sums = lax.switch(index, branches, a.number.codes, b.number.codes)
+        return scale(sums, a.number.exponent, b.number.exponent)
 
     return product
 
@@ -253,4 +260,4 @@ def _depth(eqn: JaxprEqn) -> int:
     return math.prod(shape) // max(shape[out_feature], 1)
 
 
-_PRODUCT_OF = {"emulate": _portable(_emulate), "xla": _portable(_xla), "native": _native}
+_EXACT = {"emulate": _portable(_emulate), "xla": _portable(_xla), "native": _native}
