@@ -102,12 +102,8 @@ def gemm(
     if isa != "auto" and isa not in available_isas():
         raise ValueError(f"isa must be auto or one of {', '.join(available_isas())}; got {isa!r}")
     out_shape = _check(lhs, rhs, formats, lhs_transposed, rhs_transposed)
-    call = jax.ffi.ffi_call(
-        _GEMM, jax.ShapeDtypeStruct(out_shape, jnp.float32), vmap_method="broadcast_all"
-    )
-    return call(
-        lhs, rhs, formats, lhs_transposed=lhs_transposed, rhs_transposed=rhs_transposed, isa=isa
-    )
+    call = jax.ffi.ffi_call(_GEMM, jax.ShapeDtypeStruct(out_shape, jnp.float32), vmap_method="broadcast_all")
+    return call(lhs, rhs, formats, lhs_transposed=lhs_transposed, rhs_transposed=rhs_transposed, isa=isa)
 
 
 def _check(lhs, rhs, formats, lhs_transposed, rhs_transposed) -> tuple[int, ...]:

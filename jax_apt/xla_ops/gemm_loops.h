@@ -11,8 +11,8 @@
 //   kLhsOffset   what packing adds to a code of lhs (128 makes signed codes unsigned)
 //   Run(lhs, rhs, start, groups, tile): tile[r * kNr + c] = start[c] + sum over the depth
 
-constexpr int64_t kMc = 96;             // rows of a packed block of lhs: it stays in L2
-constexpr int64_t kNc = 512;            // columns of a block of 64-bit sums
+constexpr int64_t kMc = 96;   // rows of a packed block of lhs: it stays in L2
+constexpr int64_t kNc = 512;  // columns of a block of 64-bit sums
 constexpr int64_t kInt32Max = 2147483647;
 
 int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -71,13 +71,12 @@ Plan MakePlan(const Gemm& g) {
   const bool is_narrow = g.lhs.bits <= 8 && g.rhs.bits <= 8;
   Plan plan;
   plan.lhs = g.lhs.bits > 16 ? Limbs{{{0, 255}, {8, -1}}, 2} : SplitBits(g.lhs.bits, 16);
-  plan.rhs = g.lhs.bits > 8     ? SplitBits(g.rhs.bits, 8)
+  plan.rhs = g.lhs.bits > 8    ? SplitBits(g.rhs.bits, 8)
              : g.rhs.bits > 16 ? Limbs{{{0, 255}, {8, -1}}, 2}
                                : SplitBits(g.rhs.bits, 16);
   plan.kc = is_narrow ? int64_t{K::kKc} : Min(K::kKc, kWideKc);
   const int64_t largest = MaxCode(g.lhs.bits) * MaxCode(g.rhs.bits);
-  plan.fits_in_int32 =
-      plan.lhs.count == 1 && plan.rhs.count == 1 && g.k <= kInt32Max / Max(largest, 1);
+  plan.fits_in_int32 = plan.lhs.count == 1 && plan.rhs.count == 1 && g.k <= kInt32Max / Max(largest, 1);
   return plan;
 }
 
@@ -166,8 +165,8 @@ constexpr int64_t PanelBytes(int64_t depth) {
 // Columns n0.. of limb `limb` at depth k0..; the starting values undo lhs's offset:
 //   sum (lhs + offset) * rhs - offset * sum rhs = sum lhs * rhs.
 template <class K, class R>
-void PackRhs(const R& rhs, const Gemm& g, Limb limb, int64_t n0, int64_t columns, int64_t k0,
-             int64_t depth, uint8_t* panel, uint8_t* is_bad_column) {
+void PackRhs(const R& rhs, const Gemm& g, Limb limb, int64_t n0, int64_t columns, int64_t k0, int64_t depth,
+             uint8_t* panel, uint8_t* is_bad_column) {
   const int64_t n_step = g.rhs.is_transposed ? g.k : 1, k_step = g.rhs.is_transposed ? 1 : g.n;
   int32_t* start = reinterpret_cast<int32_t*>(panel);
   auto* out = reinterpret_cast<typename K::Rhs*>(start + K::kNr);
@@ -199,17 +198,17 @@ struct Driver {
   const int64_t blocks = CeilDiv(Max(g.k, 1), plan.kc);  // of the depth
   const int64_t panels = CeilDiv(g.n, K::kNr);
   const int64_t panel_bytes = PanelBytes<K>(plan.kc);
-  const int64_t lhs_bytes = RoundUp(
-      (kMc + K::kMr) * kLhsStride<K> * static_cast<int64_t>(sizeof(typename K::Lhs)), 64);
+  const int64_t lhs_bytes =
+      RoundUp((kMc + K::kMr) * kLhsStride<K> * static_cast<int64_t>(sizeof(typename K::Lhs)), 64);
   const int64_t sums_bytes = plan.fits_in_int32 ? 0 : kMc * kNc * static_cast<int64_t>(sizeof(int64_t));
   const int64_t rows_per_task = Max(K::kMr, Min(kMc, RoundUp(CeilDiv(g.m, 2 * workers), K::kMr)));
   const int64_t row_tasks = CeilDiv(g.m, rows_per_task);
   const int64_t panels_per_task = PanelsPerTask();
   const int64_t column_tasks = CeilDiv(panels, panels_per_task);
 
-  uint8_t* rhs = nullptr;         // packed panels, [block][rhs limb][panel]
+  uint8_t* rhs = nullptr;          // packed panels, [block][rhs limb][panel]
   uint8_t* bad_columns = nullptr;  // (N), 1 where rhs has a non-finite value
-  uint8_t* per_worker = nullptr;  // packed lhs, then 64-bit sums
+  uint8_t* per_worker = nullptr;   // packed lhs, then 64-bit sums
 
   Driver(const Gemm& gemm, int workers) : g(gemm), plan(MakePlan<K>(gemm)), workers(workers) {}
 
@@ -230,8 +229,7 @@ struct Driver {
     per_worker = bad_columns + RoundUp(g.n, 64);
     for (int64_t c = 0; c < g.n; ++c) bad_columns[c] = 0;
     parallel.Run(
-        panels,
-        [](void* self, int64_t panel, int) { static_cast<Driver*>(self)->PackPanel(panel); }, this);
+        panels, [](void* self, int64_t panel, int) { static_cast<Driver*>(self)->PackPanel(panel); }, this);
     parallel.Run(
         row_tasks * column_tasks,
         [](void* self, int64_t task, int worker) {
@@ -265,21 +263,20 @@ struct Driver {
     auto* sums = reinterpret_cast<int64_t*>(per_worker + worker * WorkerBytes() + lhs_bytes);
     uint8_t bad_rows[kMc] = {};
 
-    for (int64_t block = 0; block < blocks; ++block) {        // depth
-      for (int i = 0; i < plan.lhs.count; ++i) {              // limbs of lhs
+    for (int64_t block = 0; block < blocks; ++block) {  // depth
+      for (int i = 0; i < plan.lhs.count; ++i) {        // limbs of lhs
         WithReader(g.lhs, [&](const auto& reader) {
-          PackLhs<K>(reader, g, plan.lhs.limb[i], m0, rows, block * plan.kc, Depth(block), lhs,
-                     bad_rows);
+          PackLhs<K>(reader, g, plan.lhs.limb[i], m0, rows, block * plan.kc, Depth(block), lhs, bad_rows);
         });
-        for (int j = 0; j < plan.rhs.count; ++j) {            // limbs of rhs
+        for (int j = 0; j < plan.rhs.count; ++j) {  // limbs of rhs
           const int shift = plan.lhs.limb[i].shift + plan.rhs.limb[j].shift;
-          for (int64_t p = p0; p < p1; ++p) {                 // columns
-            for (int64_t m = 0; m < rows; m += K::kMr) {      // rows
+          for (int64_t p = p0; p < p1; ++p) {             // columns
+            for (int64_t m = 0; m < rows; m += K::kMr) {  // rows
               alignas(64) int32_t tile[K::kMr * K::kNr];
               const uint8_t* panel = Panel(block, j, p);
               const auto* start = reinterpret_cast<const int32_t*>(panel);
-              K::Run(lhs + m * kLhsStride<K>, reinterpret_cast<const typename K::Rhs*>(start + K::kNr),
-                     start, CeilDiv(Depth(block), K::kGroup), tile);
+              K::Run(lhs + m * kLhsStride<K>, reinterpret_cast<const typename K::Rhs*>(start + K::kNr), start,
+                     CeilDiv(Depth(block), K::kGroup), tile);
               const int64_t height = Min(K::kMr, rows - m), width = Min(K::kNr, g.n - p * K::kNr);
               if (plan.fits_in_int32) {
                 StoreInt32(tile, m0 + m, p * K::kNr, height, width, block);

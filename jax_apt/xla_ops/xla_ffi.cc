@@ -1,8 +1,8 @@
 // XLA's view of the kernels: unpacks and validates buffers, and exports the FFI handlers.
-#include <cstdlib>
-#include <memory>
 #include <string>
+#include <vector>
 
+#include "batch.h"
 #include "dispatch.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
@@ -11,12 +11,6 @@ namespace ffi = xla::ffi;
 
 namespace jax_apt {
 namespace {
-
-constexpr int64_t kSerialMultiplyAdds = 1000000;  // below this a helper costs more than it brings
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
 
 bool ToDType(ffi::DataType type, DType* dtype, int64_t* bytes) {
   switch (type) {
@@ -48,39 +42,18 @@ ffi::Error Unpack(const ffi::AnyBuffer& buffer, const char* name, Matrices* out)
   return ffi::Error::Success();
 }
 
-ffi::Error CheckFormat(const Gemm& g) {
-  for (const Operand* operand : {&g.lhs, &g.rhs}) {
-    if (operand->bits < 2 || operand->bits > 24)
-      return ffi::Error::InvalidArgument("gemm: bits must be in 2..24, got " +
-                                         std::to_string(operand->bits));
-    if (operand->exponent < -126 || operand->exponent > 126)
-      return ffi::Error::InvalidArgument("gemm: exponent must be in -126..126, got " +
-                                         std::to_string(operand->exponent));
-  }
-  int depth_bits = 0;
-  while ((int64_t{1} << depth_bits) < g.k) ++depth_bits;
-  if (g.lhs.bits + g.rhs.bits - 2 + depth_bits > 62)
-    return ffi::Error::InvalidArgument("gemm: a sum of " + std::to_string(g.k) + " products of " +
-                                       std::to_string(g.lhs.bits) + " and " +
-                                       std::to_string(g.rhs.bits) + " bits may exceed 64 bits");
-  return ffi::Error::Success();
+// All threads of XLA's pool if there is work for them.
+int Workers(const ffi::ThreadPool& pool, double multiply_adds) {
+  return multiply_adds < kSerialMultiplyAdds ? 1 : static_cast<int>(pool.num_threads());
 }
 
-ffi::Error RunOne(const Kernels& kernels, const Gemm& g, ffi::ThreadPool& pool) {
-  if (auto error = CheckFormat(g); error.failure()) return error;
-  if (g.m == 0 || g.n == 0) return ffi::Error::Success();
-  const bool is_small = g.m * g.n * g.k < kSerialMultiplyAdds;
-  const int workers = is_small ? 1 : static_cast<int>(pool.num_threads());
-  Team team(workers < 1 ? 1 : workers, [&pool](std::function<void()> task) {
-    pool.Schedule([task = std::move(task)] { task(); });
-  });
-  const size_t bytes = (kernels.scratch_bytes(g, team.workers()) + 127) / 64 * 64;
-  std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
-  if (scratch == nullptr)
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "gemm: no memory for " + std::to_string(bytes) + " bytes of scratch");
-  kernels.run(g, scratch.get(), team);
-  return ffi::Error::Success();
+ffi::Error RunOnPool(const Kernels& kernels, const std::vector<Gemm>& gemms, ffi::ThreadPool& pool) {
+  const Gemm& g = gemms[0];
+  const double multiply_adds = static_cast<double>(g.m) * g.n * g.k * gemms.size();
+  Team team(Workers(pool, multiply_adds),
+            [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); });
+  if (RunBatch(kernels, gemms, team)) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "gemm: no memory for scratch");
 }
 
 ffi::Error GemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
@@ -100,8 +73,8 @@ ffi::Error GemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs
                                        std::to_string(b.batch) + " and the result do not agree");
   if (a.batch == 0) return ffi::Error::Success();
   if (format_count == 0 || a.batch % format_count != 0)
-    return ffi::Error::InvalidArgument("gemm: " + std::to_string(format_count) +
-                                       " formats for a batch of " + std::to_string(a.batch));
+    return ffi::Error::InvalidArgument("gemm: " + std::to_string(format_count) + " formats for a batch of " +
+                                       std::to_string(a.batch));
   const Kernels* kernels = FindKernels(std::string(isa).c_str());
   if (kernels == nullptr)
     return ffi::Error::InvalidArgument("gemm: ISA '" + std::string(isa) +
@@ -109,33 +82,26 @@ ffi::Error GemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs
 
   const auto* lhs_data = static_cast<const char*>(lhs.untyped_data());
   const auto* rhs_data = static_cast<const char*>(rhs.untyped_data());
+  std::vector<Gemm> gemms(a.batch);
   for (int64_t i = 0; i < a.batch; ++i) {
     const int32_t* f = formats.typed_data() + i / (a.batch / format_count) * 4;
-    const Gemm g{{lhs_data + i * m * k * a.bytes, a.dtype, lhs_transposed, f[0], f[1]},
-                 {rhs_data + i * k * n * b.bytes, b.dtype, rhs_transposed, f[2], f[3]},
-                 out->typed_data() + i * m * n,
-                 m,
-                 n,
-                 k};
-    if (auto error = RunOne(*kernels, g, pool); error.failure()) return error;
+    gemms[i] = {{lhs_data + i * m * k * a.bytes, a.dtype, lhs_transposed, f[0], f[1]},
+                {rhs_data + i * k * n * b.bytes, b.dtype, rhs_transposed, f[2], f[3]},
+                out->typed_data() + i * m * n,
+                m,
+                n,
+                k};
+    int64_t value;
+    if (const char* error = FindFormatError(gemms[i], &value))
+      return ffi::Error::InvalidArgument(std::string("gemm: ") + error + ", got " + std::to_string(value));
   }
-  return ffi::Error::Success();
+  return RunOnPool(*kernels, gemms, pool);
 }
 
 }  // namespace
 }  // namespace jax_apt
 
 #pragma GCC visibility push(default)
-
-extern "C" const char* jax_apt_available_isas() {
-  return jax_apt::AvailableIsas();
-}
-
-// Name of the ISA that "auto" takes; null if JAX_APT_ISA names one that cannot run here.
-extern "C" const char* jax_apt_isa() {
-  const jax_apt::Kernels* kernels = jax_apt::FindKernels("auto");
-  return kernels == nullptr ? nullptr : kernels->name;
-}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_gemm, jax_apt::GemmImpl,
                               ffi::Ffi::Bind()
