@@ -24,7 +24,7 @@ struct Avx2MicroKernel {
   static constexpr int32_t kLhsOffset = 0;
 
   static void Run(const Lhs* lhs, const Rhs* rhs, const int32_t* start, int64_t groups, int32_t* tile) {
-    constexpr int64_t kStride = kLhsStride<Avx2MicroKernel>;
+    constexpr int64_t kStride = LhsLayout<Avx2MicroKernel>::kStride;
     const __m256i s0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start));
     const __m256i s1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + 8));
     // Named sums: gcc 12 spills a tile that is held in an array.

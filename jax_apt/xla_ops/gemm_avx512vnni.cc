@@ -30,7 +30,7 @@ void RunTile(const typename Kernel::Lhs* lhs, const typename Kernel::Rhs* rhs, c
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       int32_t group;
-      __builtin_memcpy(&group, lhs + r * kLhsStride<Kernel>, 4);
+      __builtin_memcpy(&group, lhs + r * LhsLayout<Kernel>::kStride, 4);
       const __m512i a = _mm512_set1_epi32(group);
       sums[r][0] = Kernel::MultiplyAdd(sums[r][0], a, b0);
       sums[r][1] = Kernel::MultiplyAdd(sums[r][1], a, b1);

@@ -18,7 +18,7 @@ struct ScalarMicroKernel {
     for (int64_t r = 0; r < kMr; ++r)
       for (int64_t c = 0; c < kNr; ++c) {
         int32_t sum = start[c];
-        const Lhs* a = lhs + r * kLhsStride<ScalarMicroKernel>;
+        const Lhs* a = lhs + r * LhsLayout<ScalarMicroKernel>::kStride;
         for (int64_t g = 0; g < groups; ++g) {
           const Rhs* b = rhs + (g * kNr + c) * kGroup;
           sum += a[2 * g] * b[0] + a[2 * g + 1] * b[1];
