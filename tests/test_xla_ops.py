@@ -153,6 +153,22 @@ def test_unknown_isa_in_the_environment_is_an_error_but_not_of_the_import():
     assert "RuntimeError: jax_apt.xla_ops cannot run: JAX_APT_ISA='sse9'" in error
 
 
+def test_a_missing_library_is_a_reason_and_not_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(xla_ops, "_LIBRARY", tmp_path / "missing.so")
+    library, reason = xla_ops._load.__wrapped__()
+    assert library is None
+    assert "portable installation" in reason
+
+
+def test_a_library_that_does_not_load_is_a_reason_and_not_an_error(monkeypatch, tmp_path):
+    path = tmp_path / "broken.so"
+    path.write_bytes(b"not a library")
+    monkeypatch.setattr(xla_ops, "_LIBRARY", path)
+    library, reason = xla_ops._load.__wrapped__()
+    assert library is None
+    assert reason.startswith("the compiled library does not load: ")
+
+
 # Widths, shapes, storage
 
 

@@ -25,17 +25,18 @@ _OPERAND_DTYPES = ("float32", "int8", "int16", "int32")
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """(library, "") or (None, why not); registers the custom calls."""
     if not _LIBRARY.exists():
-        return None, "this is a portable installation, without the compiled library"
+        return None, "the compiled library is not there: a portable installation, or a checkout not built"
     try:
         library = ctypes.CDLL(str(_LIBRARY))
-    except OSError as error:
+        target = jax.ffi.pycapsule(library.jax_apt_gemm)
+        library.jax_apt_isa.restype = ctypes.c_char_p
+        library.jax_apt_available_isas.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:  # not a library, or one of another version
         return None, f"the compiled library does not load: {error}"
-    library.jax_apt_isa.restype = ctypes.c_char_p
-    library.jax_apt_available_isas.restype = ctypes.c_char_p
     if library.jax_apt_isa() is None:
         names = library.jax_apt_available_isas().decode()
         return None, f"JAX_APT_ISA={os.environ['JAX_APT_ISA']!r} cannot run here; available: {names}"
-    jax.ffi.register_ffi_target(_GEMM, jax.ffi.pycapsule(library.jax_apt_gemm), platform="cpu")
+    jax.ffi.register_ffi_target(_GEMM, target, platform="cpu")
     return library, ""
 
 
