@@ -13,9 +13,11 @@
 
 #include "gemm_packing.h"
 
-constexpr int64_t kMc = kMaxLanes;  // rows of a packed block of lhs: it stays in L2
-constexpr int64_t kNc = 512;        // columns of a block of 64-bit sums
-constexpr int64_t kMinKc = 256;     // a limb product that must be stored more often is not worth its while
+constexpr int64_t kMc = kMaxLanes;      // rows of a packed block of lhs: it stays in L2
+constexpr int64_t kNc = 512;            // columns of a block of 64-bit sums
+constexpr int64_t kMinColumns = 128;    // of a task, if the rows stay whole
+constexpr int64_t kTasksPerWorker = 2;  // so that none waits long for the last
+constexpr int64_t kMinKc = 256;  // a limb product that must be stored more often is not worth its while
 
 // How two widths are multiplied. A block of depth kc never overflows an int32 sum:
 //   kc * (largest lhs limb) * (largest rhs limb) < 2^31.
@@ -85,9 +87,9 @@ class Driver {
       RoundUp((RoundUp(Min(g.k, plan.kc), K::kGroup) / K::kGroup + 1) * K::kNr * 4, 64);
   const int64_t lhs_bytes = RoundUp(RoundUp(kMc, K::kMr) * LhsLayout<K>::kStride * int64_t{sizeof(Lhs)}, 64);
   const int64_t sums_bytes = plan.fits_in_int32 ? 0 : kMc * kNc * int64_t{sizeof(int64_t)};
-  const int64_t rows_per_task = Max(K::kMr, Min(kMc, RoundUp(CeilDiv(g.m, 2 * workers), K::kMr)));
+  const int64_t rows_per_task = RowsPerTask();
   const int64_t row_tasks = CeilDiv(g.m, rows_per_task);
-  const int64_t panels_per_task = PanelsPerTask();
+  const int64_t panels_per_task = CeilDiv(panels, ColumnTasks());
   const int64_t column_tasks = CeilDiv(panels, panels_per_task);
 
   uint8_t* rhs = nullptr;            // packed panels, [block][rhs limb][panel]
@@ -96,11 +98,22 @@ class Driver {
 
   static Driver* Self(void* self) { return static_cast<Driver*>(self); }
 
-  // Whole rows of panels if there are row blocks enough for every worker; 64-bit sums hold kNc columns.
-  int64_t PanelsPerTask() const {
-    const int64_t wanted = row_tasks >= workers ? 1 : CeilDiv(2 * workers, Max(row_tasks, 1));
-    const int64_t most = plan.fits_in_int32 ? panels : Min(panels, kNc / K::kNr);
-    return Max(1, Min(most, CeilDiv(panels, wanted)));
+  // Rows are shared out in at least half blocks. Fewer rows than that stay whole if there are columns to
+  // split instead, though each block of columns packs its rows again.
+  bool AreRowsWhole() const {
+    return g.m < kTasksPerWorker * workers * kMc / 2 && g.n >= workers * kMinColumns;
+  }
+
+  int64_t RowsPerTask() const {
+    const int64_t tasks = AreRowsWhole() ? 1 : kTasksPerWorker * workers;
+    return RoundUp(Min(kMc, CeilDiv(g.m, tasks)), K::kMr);
+  }
+
+  int64_t ColumnTasks() const {
+    const int64_t wanted = row_tasks >= workers ? 1 : CeilDiv(kTasksPerWorker * workers, row_tasks);
+    const int64_t most = AreRowsWhole() ? g.n / kMinColumns : panels;
+    const int64_t widest = plan.fits_in_int32 ? panels : kNc / K::kNr;  // where the 64-bit sums end
+    return Max(CeilDiv(panels, widest), Min(wanted, most));
   }
 
   int64_t RhsBytes() const { return blocks * plan.rhs.count * panels * panel_bytes; }
