@@ -15,8 +15,9 @@ namespace {
 //       ...      ...  |  ...                         ymm0..11: int32 sums
 //   lhs row 5   sum50 | sum51                        ymm15: product
 //
-// vpmaddwd adds two products of int16: at most 2 * 2^15 * 255 < 2^31, so it never wraps; the depth blocks
-// of gemm_loops.h keep the sums below 2^31. (Its one overflow, four times -2^15, needs two 16-bit limbs.)
+// vpmaddwd adds two products of int16 and would wrap only at four times -2^15. MakePlan picks limbs and a
+// depth such that depth * largest lhs limb * largest rhs limb < 2^31 (at least 256 products, so each is
+// below 2^23): neither a pair nor a sum wraps.
 struct Avx2MicroKernel {
   using Lhs = int16_t;
   using Rhs = int16_t;

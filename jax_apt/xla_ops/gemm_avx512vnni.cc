@@ -45,7 +45,7 @@ void RunTile(const typename Kernel::Lhs* lhs, const typename Kernel::Rhs* rhs, c
 
 // vpdpbusd adds four products of an unsigned and a signed byte without saturation. lhs holds code + 128
 // (1..255) and the sums start at -128 * (column sums of rhs), so the result is that of the signed codes.
-// Sums wrap modulo 2^32, so only the final one must fit: gemm_loops.h checks that.
+// Sums wrap modulo 2^32, so only the final one must fit: 1024 * 127 * 127 < 2^31.
 struct ByteMicroKernel {
   using Lhs = uint8_t;
   using Rhs = int8_t;
@@ -58,8 +58,8 @@ struct ByteMicroKernel {
   }
 };
 
-// vpdpwssd adds two products of int16 without saturation; the depth blocks of gemm_loops.h keep the sums
-// below 2^31.
+// vpdpwssd adds two products of int16 without saturation. MakePlan picks limbs and a depth such that
+// depth * largest lhs limb * largest rhs limb < 2^31: no partial sum wraps.
 struct WordMicroKernel {
   using Lhs = int16_t;
   using Rhs = int16_t;

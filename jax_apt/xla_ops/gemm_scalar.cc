@@ -6,8 +6,8 @@ namespace {
 
 #include "gemm_loops.h"
 
-// 4 x 4 sums in plain C++. Each pair of products is at most 2 * 2^15 * 255 < 2^31; the depth blocks of
-// gemm_loops.h keep the sums below 2^31.
+// 4 x 4 sums in plain C++. MakePlan picks limbs and a depth such that depth * largest lhs limb * largest rhs
+// limb < 2^31: no partial sum overflows.
 struct ScalarMicroKernel {
   using Lhs = int16_t;
   using Rhs = int16_t;
