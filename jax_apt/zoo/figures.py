@@ -1,39 +1,85 @@
-"""The comparison as a picture: gradient widths and ranges over the steps, and the score of both precisions."""
+"""The comparison as a picture: widths and ranges of gradients, losses and scores over the steps."""
 
 import pathlib
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLORS = {"float32": "tab:gray", "apt": "tab:red"}
+LABELS = {"float32": "float32", "apt": "APT"}
+LAYER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 
 
 def draw(entry: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws one network's entry of the results to a PNG file of 1800 x 1650 pixels."""
-    figure, (bits, ranges, score) = plt.subplots(3, 1, figsize=(9, 8.25), layout="constrained")
-    names = list(entry["history"])
-    colors = plt.get_cmap("tab10")(np.arange(len(names)) % 10)
-    for i, (name, color) in enumerate(zip(names, colors, strict=True)):
-        history = entry["history"][name]
-        n, s = np.array(history["bits"]), np.array(history["exponent"])
-        bits.step(np.arange(n.size), n + 0.25 * (i - len(names) / 2), where="post", color=color, label=name)
-        ranges.step(np.arange(n.size), s + n - 1, where="post", color=color, label=name)
-    title = f"{entry['name']} on {entry['task']}: "
-    bits.set(ylabel="bits of the gradient", title=title + "width that each layer's gradient dY chose (seed 0)")
-    bits.set_yticks(sorted({b for h in entry["history"].values() for b in h["bits"]} | {8, 16}))
-    bits.legend(loc="center right", fontsize="small", ncols=2)
-    ranges.set(
-        xlabel="training step", ylabel="log2 of the range", title="range that the format of dY can hold (seed 0)"
+    """Draws a network's entry of the results to a PNG file of 1800 x 1700 pixels."""
+    figure = Figure(figsize=(9, 8.5), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplot_mosaic(
+        [["bits", "bits"], ["range", "range"], ["loss", "score"]], height_ratios=(2.4, 3, 3)
     )
-    for precision, style in (("float32", "-"), ("apt", "--")):
-        curve = entry["curves"][precision]
-        score.plot(np.arange(1, len(curve) + 1), curve, style, label=precision)
-    low = min(map(min, entry["curves"].values()))
-    score.set(xlabel="epoch", ylabel="test score (points)", title="mean over the seeds", ylim=(max(low, 80), 100.2))
-    score.legend(loc="lower right")
-    for axis in (bits, ranges, score):
+    figure.suptitle(f"{entry['name']} on {entry['task']}: float32 and adaptive fixed point (APT)")
+    _draw_bits(axes["bits"], entry["history"])
+    _draw_ranges(axes["range"], entry["history"])
+    _draw_curves(axes["loss"], entry["curves"], "losses", "training loss (nats)")
+    _draw_curves(axes["score"], entry["curves"], "scores", "test score (%)")
+    _use_log_scale(axes["loss"])
+    for axis in axes.values():
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    handles, labels = axes["bits"].get_legend_handles_labels()
+    title = "layers (upper two pictures)"
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
+    figure.savefig(path)
+
+
+def _draw_bits(axis: Axes, history: dict[str, Any]) -> None:
+    """Widths over the steps; the lines are shifted a little apart so that none hides another."""
+    seen = (np.ravel(layer["bits"]).tolist() for layer in history.values())
+    widths = sorted({8, 16}.union(*seen))
+    for i, (name, layer) in enumerate(history.items()):
+        shift = 0.35 * (i - (len(history) - 1) / 2)
+        axis.plot(_per_step(layer["bits"]) + shift, color=_color(i), label=name, lw=1.6)
+    axis.set(ylabel="width (bits)", yticks=widths, ylim=(min(widths) - 3, max(widths) + 3))
+    axis.set_title("width of each layer's gradient dY, seed 0 (lines shifted apart)", size=11)
+
+
+def _draw_ranges(axis: Axes, history: dict[str, Any]) -> None:
+    for i, layer in enumerate(history.values()):
+        largest = _per_step(layer["exponent"]) + _per_step(layer["bits"]) - 1
+        axis.plot(largest, color=_color(i), lw=1)
+    axis.set(xlabel="training step", ylabel="log2 of the range")
+    axis.set_title("range of dY: exponent + bits - 1, seed 0", size=11)
+
+
+def _draw_curves(axis: Axes, curves: dict[str, Any], curve: str, label: str) -> None:
+    """Mean over the seeds, and the seeds' least and greatest value as a band."""
+    for precision, style in (("float32", "-"), ("apt", "--")):
+        values = np.array(curves[precision][curve], float)  # (seeds, epochs); None reads as NaN
+        epochs, color = np.arange(1, values.shape[1] + 1), COLORS[precision]
+        axis.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
+        line = {"color": color, "marker": "o" if len(epochs) == 1 else None}
+        axis.plot(epochs, values.mean(0), style, label=LABELS[precision], **line)
+    axis.set(xlabel="epoch", ylabel=label)
+    name = label.partition(" (")[0]
+    axis.set_title(f"{name}: mean and span of {len(values)} seeds", size=11)
+    axis.legend()
+
+
+def _use_log_scale(axis: Axes) -> None:
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    ticks = [m * 10.0**e for e in range(-6, 4) for m in (1, 2, 5)]
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axis.set_yticks([], minor=True)
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _per_step(values: list) -> np.ndarray:
+    """(steps,); a layer that holds a precision per slice shows the greatest."""
+    return np.array(values).reshape(len(values), -1).max(1)
+
+
+def _color(i: int) -> str:
+    return LAYER_COLORS[i % len(LAYER_COLORS)]
