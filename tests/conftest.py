@@ -1,0 +1,16 @@
+"""Strict settings for every test: no dtype or rank is promoted in silence.
+
+Tracer-leak checks switch off JAX's caches of traces, so they are a fixture that cheap tests ask for.
+"""
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def leak_checks():
+    with jax.checking_leaks():
+        yield
