@@ -31,6 +31,7 @@ from jax_apt.wide_integers import Wide, add, to_float32, widen
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 _INT32_DEPTH = (2**31 - 1) // 2**14  # products of two int8 codes that an int32 sum always holds
+_INT64_BITS = 62  # magnitudes below 2**62 leave room for the partial sums of limbs
 _FLOAT32_LIMIT = 2**24  # integers up to here are exact in float32
 
 
@@ -83,6 +84,19 @@ def trace_programs(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Programs:
         jax.make_jaxpr(lhs_gradient)(rhs, out),
         jax.make_jaxpr(rhs_gradient)(lhs, out),
     )
+
+
+def check_sums_fit(programs: Programs, lhs_bits: int, rhs_bits: int, out_bits: int) -> None:
+    """Raises ValueError if a sum of the widest codes might leave 64 bits."""
+    pairs = ((lhs_bits, rhs_bits), (rhs_bits, out_bits), (lhs_bits, out_bits))
+    for name, program, (a, b) in zip(Programs._fields, programs, pairs, strict=True):
+        eqn = next(e for e in program.jaxpr.eqns if e.primitive.name in PRODUCTS)
+        depth = _depth(eqn)
+        if a + b - 2 + math.ceil(math.log2(max(depth, 1))) > _INT64_BITS:
+            raise ValueError(
+                f"its {name.replace('_', ' ')} product sums {depth} terms of {a} x {b} bits, more than 64-bit "
+                "sums surely hold; lower a width with a Rule"
+            )
 
 
 def run(program: ClosedJaxpr, a: Operand, b: Operand, backend: str) -> Array:

@@ -16,7 +16,7 @@ widths may be any ascending list, so "8 more bits" reads "the next width" here.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jax_apt.config import Config
 from jax_apt.qem import diff
@@ -60,9 +60,9 @@ def choose_width(diffs: Array, start: Array, threshold: float) -> Array:
     Returns:
       int32 (...), index of the chosen width.
     """
-    candidates = jnp.arange(diffs.shape[-1])
-    is_good = (diffs <= threshold) & (candidates >= start[..., None])
-    is_good = is_good | (candidates == diffs.shape[-1] - 1)
+    index = lax.broadcasted_iota(jnp.int32, diffs.shape, diffs.ndim - 1)
+    is_good = (diffs <= threshold) & (index >= start[..., None])
+    is_good = is_good | (index == diffs.shape[-1] - 1)
     return jnp.argmax(is_good, axis=-1).astype(jnp.int32)
 
 
@@ -137,7 +137,8 @@ def adjust(
         return jnp.where(is_measured, new, old)
 
     bits = keep(bits, precision.bits)
-    now = jnp.arange(widths.shape[-1]) == width_index(bits, widths)[..., None]
+    index = lax.broadcasted_iota(jnp.int32, widths.shape, widths.ndim - 1)
+    now = index == width_index(bits, widths)[..., None]
     return TensorPrecision(
         bits=bits,
         exponent=keep(exponent, precision.exponent),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jax_apt.config import Config
 from jax_apt.fixed_point import MAX_EXPONENT, MIN_EXPONENT
@@ -163,7 +163,7 @@ def tap_size(widths: int) -> int:
 
 def to_tap(measured: Measurement) -> Array:
     """Additive float32 vector of one measurement; zero where nothing was measured."""
-    marks = jnp.arange(MIN_EXPONENT, MAX_EXPONENT + 1) == measured.exponents[:, None]
+    marks = _exponents_like(measured.exponents) == measured.exponents[:, None]
     marks = marks & (measured.count > 0) & (measured.abs_sum > 0)
     head = jnp.stack([measured.count, measured.nonfinite, measured.abs_sum])
     return jnp.concatenate([head, measured.error_sums, marks.astype(jnp.float32).reshape(-1)])
@@ -172,9 +172,14 @@ def to_tap(measured: Measurement) -> Array:
 def from_tap(tap: Array, widths: int) -> Measurement:
     """The measurement that a sum of taps (..., S) stands for."""
     marks = tap[..., 3 + widths :].reshape(*tap.shape[:-1], widths, _EXPONENTS)
-    exponents = jnp.arange(MIN_EXPONENT, MAX_EXPONENT + 1, dtype=jnp.int32)
+    exponents = _exponents_like(marks[..., 0])
     highest = jnp.max(jnp.where(marks > 0, exponents, MIN_EXPONENT), axis=-1)
     return Measurement(tap[..., 0], tap[..., 1], tap[..., 2], tap[..., 3 : 3 + widths], highest)
+
+
+def _exponents_like(x: Array) -> Array:
+    """Every exponent along a new last axis: int32, shape of `x` + (253,)."""
+    return lax.broadcasted_iota(jnp.int32, (*x.shape, _EXPONENTS), x.ndim) + MIN_EXPONENT
 
 
 def update(state: AptState, taps: dict[str, Array], config: Config) -> AptState:

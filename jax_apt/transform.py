@@ -26,7 +26,7 @@ from jax_apt.plan import (
     parameter_labels,
     warn_unused_rules,
 )
-from jax_apt.products import trace_programs
+from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
 from jax_apt.state import (
     AptState,
@@ -239,6 +239,7 @@ class _Replayer:
             backend=self.backends[node.layer],
             config=self.config,
         )
+        _check_sums_fit(eqn, node, site)
         with jax.named_scope(f"apt/{node.layer}"):
             out = quantized_product(site, lhs, rhs, *sites[node.layer])
         return out.astype(eqn.outvars[0].aval.dtype)
@@ -342,6 +343,15 @@ class _Replayer:
         rule.defvjp(rule_forward, rule_backward)
         tables = {name: table for name, (table, _) in sites.items()}
         return rule(tables, {name: tap for name, (_, tap) in sites.items()}, *inputs)
+
+
+def _check_sums_fit(eqn: JaxprEqn, node: QuantizedProduct, site: Site) -> None:
+    x, w, dy = (widths[-1] for widths in site.widths)
+    try:
+        check_sums_fit(site.programs, *((w, x) if site.is_weight_lhs else (x, w)), dy)
+    except ValueError as error:
+        where = f"{eqn.primitive.name} at {versions.source_line(eqn)}"
+        raise ValueError(f"layer {node.layer}: {where}: {error}") from None
 
 
 def _zero_cotangent(x):

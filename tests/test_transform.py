@@ -428,6 +428,16 @@ def test_unsupported_dtypes_name_the_users_line():
         )
 
 
+def test_sums_that_64_bits_may_not_hold_name_the_line_and_the_product():
+    rule = apt.Rule("", acts=24, weights=24)
+    q = apt.apt_quantize(lambda p, x: x @ p["w"], [rule])
+    p, x = {"w": jnp.ones((2**16 + 1, 1))}, jnp.ones((2, 2**16 + 1))
+    message = r"layer w: dot_general at .*test_transform.py:\d+ .*forward product sums 65537 terms of 24 x 24 bits"
+    with pytest.raises(ValueError, match=message):
+        q.apply(p, q.init(p, x), x)
+    q.apply({"w": p["w"][1:]}, q.init({"w": p["w"][1:]}, x[:, 1:]), x[:, 1:])  # 2**16 terms fit
+
+
 def test_integer_product_is_left_alone_and_reported():
     def fn(p, x):
         return x @ p["w"] + (jnp.ones((2, 3), jnp.int32) @ jnp.ones((3, 3), jnp.int32)).astype(jnp.float32)

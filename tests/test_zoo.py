@@ -43,6 +43,13 @@ def command_line(*arguments, **environ):
     )
 
 
+@pytest.fixture(autouse=True)
+def promotion_as_users_have_it():
+    """Optax and Flax promote dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with a finished comparison, and the process that made it."""
