@@ -30,7 +30,7 @@ def equal(a, b):
 
 
 def test_one_compilation_while_bits_change():
-    q, p, _ = start(steps_per_epoch=10, mode="restart")
+    q, p, _ = start(steps_per_epoch=10, initial_fraction=1.0, mode="restart")
     x = jax.random.normal(jax.random.key(1), (1024, 6))
 
     @jax.jit
