@@ -84,11 +84,15 @@ def quantize(x: Array, bits, exponent, dtype=jnp.int32) -> Array:
     >>> quantize(jnp.array([0.5, 1.5, 2.5, 999.0]), 8, 0).tolist()
     [0, 2, 2, 127]
     """
+    codes = jnp.where(jnp.isfinite(x), rounded(x, bits, exponent), jnp.float32(marker(dtype)))
+    return codes.astype(dtype)
+
+
+def rounded(x: Array, bits, exponent) -> Array:
+    """The codes of finite `x` as float32; `bits` and `exponent` broadcast with it."""
     limit = jnp.asarray(max_code(bits), jnp.float32)
     scaled = lax.round(x * power_of_two(-exponent), lax.RoundingMethod.TO_NEAREST_EVEN)
-    codes = lax.clamp(-limit, scaled, limit)
-    codes = jnp.where(jnp.isfinite(x), codes, jnp.float32(marker(dtype)))
-    return codes.astype(dtype)
+    return jnp.clip(scaled, -limit, limit)
 
 
 def dequantize(number: Fixed) -> Array:

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_apt.config import Config
 from jax_apt.fixed_point import Fixed, container, count_nonfinite, exponent_for, quantize
 from jax_apt.products import Operand, Programs, run
-from jax_apt.qem import error_sum
+from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
 from jax_apt.state import to_tap
 
@@ -102,16 +102,17 @@ def _measure(value: Array, bits, exponent, widths, config: Config):
     """Chooses a format from the tensor at hand; one of zeros or with NaN keeps its format."""
     magnitude = jnp.abs(value)
     max_abs = jnp.max(magnitude, initial=0.0)
-    exponents = [exponent_for(max_abs, n) for n in widths]
-    errors = [error_sum(value, n, s, config.measure) for n, s in zip(widths, exponents, strict=True)]
+    table = jnp.array(widths, jnp.int32)
+    exponents = exponent_for(max_abs[None], table)
+    distinct = len(set(widths))  # the last width may be repeated, to fill up
+    errors = error_sums(value, table[:distinct], exponents[:distinct], config.measure)
     measured = Measurement(
         count=jnp.float32(1.0),
         nonfinite=jnp.float32(0.0),
         abs_sum=jnp.sum(magnitude),
-        error_sums=jnp.stack(errors),
-        exponents=jnp.stack(exponents),
+        error_sums=jnp.append(errors, jnp.repeat(errors[-1:], len(widths) - distinct)),
+        exponents=exponents,
     )
-    table = jnp.array(widths, jnp.int32)
     chosen, _ = choose(bits, measured, table, config)
     is_range = (max_abs > 0) & jnp.isfinite(max_abs)
     kept = jax.tree.map(lambda new, old: jnp.where(is_range, new, old), measured, _nothing(widths))

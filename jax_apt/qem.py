@@ -15,33 +15,33 @@ Each is log2(|error| / sum|x| + 1) with a sum `error` that adds over uses, time 
 import jax.numpy as jnp
 from jax import Array
 
-from jax_apt.fixed_point import (
-    Fixed,
-    dequantize,
-    exponent_for,
-    power_of_two,
-    quantize,
-)
+from jax_apt.fixed_point import exponent_for, power_of_two, rounded
 
 
-def error_sum(x: Array, bits, exponent: Array, measure: str = "mean_magnitude") -> Array:
-    """The additive numerator of an error measure: float32 scalar.
+def error_sums(x: Array, bits: Array, exponents: Array, measure: str = "mean_magnitude") -> Array:
+    """The additive numerator of an error measure at several widths.
 
     The terms are differences, |x| - |x^|, so that a shift far below float32's precision of sum|x| is
     still seen.
 
     Args:
       x: float32, any shape, finite.
-      bits: int or int32 scalar.
-      exponent: int32 scalar.
+      bits: int32 (W,).
+      exponents: int32 (W,).
       measure: "mean_magnitude", "elementwise" or "resolution".
+
+    Returns:
+      float32 (W,).
     """
     if measure == "resolution":
-        return x.size * power_of_two(exponent) / 4
-    value = dequantize(Fixed(quantize(x, bits, exponent), jnp.asarray(bits), exponent))
+        return x.size * power_of_two(exponents) / 4
+    axes = tuple(range(1, x.ndim + 1))
+    bits, exponents = (jnp.expand_dims(v, axes) for v in (bits, exponents))
+    x = x[None]
+    value = rounded(x, bits, exponents) * power_of_two(exponents)
     if measure == "elementwise":
-        return jnp.sum(jnp.abs(x - value))
-    return jnp.sum(jnp.abs(x) - jnp.abs(value))
+        return jnp.sum(jnp.abs(x - value), axes)
+    return jnp.sum(jnp.abs(x) - jnp.abs(value), axes)
 
 
 def diff(error: Array, abs_sum: Array) -> Array:
@@ -65,4 +65,5 @@ def measure_error(x: Array, bits: int, measure: str = "mean_magnitude") -> Array
     0.0
     """
     exponent = exponent_for(jnp.max(jnp.abs(x), initial=0.0), bits)
-    return diff(error_sum(x, bits, exponent, measure), jnp.sum(jnp.abs(x)))
+    (error,) = error_sums(x, jnp.array([bits]), exponent[None], measure)
+    return diff(error, jnp.sum(jnp.abs(x)))

@@ -9,7 +9,7 @@ import pytest
 from helpers import diff_oracle
 
 from jax_apt import exponent_for, measure_error
-from jax_apt.qem import diff, error_sum
+from jax_apt.qem import diff, error_sums
 from jax_apt.qpa import choose_width
 
 SAMPLES, SEEDS, WIDTHS = 100_000, 15, (8, 16, 24)
@@ -107,11 +107,12 @@ def test_measures_equal_their_formulas(measure, bits, name):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_numerators_add_over_parts(measure, parts, leak_checks):
     x = jnp.asarray(sample("student")[1, :4000])
-    exponent = exponent_for(jnp.max(jnp.abs(x)), 8)
-    pieces = [error_sum(part, 8, exponent, measure) for part in jnp.split(x, parts)]
-    whole = error_sum(x, 8, exponent, measure)
+    widths = jnp.array(WIDTHS, jnp.int32)
+    exponents = exponent_for(jnp.max(jnp.abs(x))[None], widths)
+    pieces = [error_sums(part, widths, exponents, measure) for part in jnp.split(x, parts)]
+    whole = error_sums(x, widths, exponents, measure)
     scale = float(jnp.sum(jnp.abs(x)))  # signed terms may cancel: float32 error is relative to their size
-    np.testing.assert_allclose(float(sum(pieces)), float(whole), rtol=1e-5, atol=1e-7 * scale)
+    np.testing.assert_allclose(sum(pieces), whole, rtol=1e-5, atol=1e-7 * scale)
 
 
 def test_the_mean_magnitude_sees_shifts_not_noise():
