@@ -3,7 +3,7 @@
 Source: Zhang et al., arXiv 1911.00361.
 """
 
-from jax_apt.config import Adaptive, Config, Rule
+from jax_apt.config import Adaptive, Backend, Config, Rule
 from jax_apt.fixed_point import Fixed, dequantize, exponent_for, quantize, quantize_to
 from jax_apt.ops import CODES_NAME
 from jax_apt.qem import measure_error
@@ -20,6 +20,7 @@ __all__ = [
     "Adaptive",
     "AptFunction",
     "AptState",
+    "Backend",
     "Config",
     "Fixed",
     "Report",

@@ -6,6 +6,7 @@ Written for jax 0.10.2 and newer; other modules see none of it.
 import os
 import re
 import sysconfig
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,11 @@ def bind(eqn: JaxprEqn, args: list) -> list:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def aval(var) -> Any:
+    """Shape and dtype of a variable or literal."""
+    return var.aval
+
+
 def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
@@ -51,9 +57,9 @@ def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
 
     The rule that the author of a custom_jvp or custom_vjp function wrote, traced.
     """
-    inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    outputs = [v.aval for v in eqn.outvars if is_float(v.aval)]
-    cotangents = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in outputs]
+    inputs = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in eqn.invars]
+    outputs = [aval(v) for v in eqn.outvars if is_float(aval(v))]
+    cotangents = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs]
 
     def gradients(*values):
         args = list(values[: len(inputs)])
@@ -80,7 +86,7 @@ def scope(eqn: JaxprEqn) -> str:
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """"file.py:12 (function)" of the innermost frame outside the libraries, or "an unknown line"."""
+    """ "file.py:12 (function)" of the innermost frame outside the libraries, or "an unknown line"."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         path = os.path.abspath(frame.file_name)
@@ -95,5 +101,5 @@ def is_forward_mode_error(error: TypeError) -> bool:
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": where JAX runs by default."""
+    """ "cpu", "gpu" or "tpu": where JAX runs by default."""
     return jax.default_backend()

@@ -103,10 +103,7 @@ def _windows(x: Array, axis: int, at: int, taps: int, stride: int, dilation: int
             for t in range(taps)
         ]
         return jnp.stack(parts, at)
-    parts = [
-        lax.slice_in_dim(x, p * stride, p * stride + reach, dilation, axis)
-        for p in range(positions)
-    ]
+    parts = [lax.slice_in_dim(x, p * stride, p * stride + reach, dilation, axis) for p in range(positions)]
     if not parts:
         return jnp.zeros((*x.shape[:axis], 0, *x.shape[axis + 1 : at], taps, *x.shape[at:]), x.dtype)
     stacked = jnp.stack(parts, axis)  # positions at `axis`, taps at `axis + 1`

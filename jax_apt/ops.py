@@ -51,32 +51,26 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
       float32 result.
     """
 
+    lhs_slot, rhs_slot = (_W, _X) if site.is_weight_lhs else (_X, _W)
+    programs, backend = site.programs, site.backend
+
     @jax.custom_vjp
     def product(lhs, rhs, formats, tap):
         return forward(lhs, rhs, formats, tap)[0]
 
     def forward(lhs, rhs, formats, tap):
-        slots = (_W, _X) if site.is_weight_lhs else (_X, _W)
-        operands, measured = zip(
-            *(_quantized(site, slot, value, formats) for slot, value in zip(slots, (lhs, rhs), strict=True)),
-            strict=True,
-        )  # fmt: skip
-        out = run(site.programs.forward, *operands, site.backend)
-        named = checkpoint_name((operands[0].number, operands[1].number), CODES_NAME)
-        return out, (named, measured, formats)
+        lhs, lhs_measured = _quantized(site, lhs_slot, lhs, formats)
+        rhs, rhs_measured = _quantized(site, rhs_slot, rhs, formats)
+        codes = checkpoint_name((lhs.number, rhs.number), CODES_NAME)
+        return run(programs.forward, lhs, rhs, backend), (codes, lhs_measured, rhs_measured, formats)
 
     def backward(residuals, gradient):
-        (lhs, rhs), measured, formats = residuals
-        slots = (_W, _X) if site.is_weight_lhs else (_X, _W)
+        (lhs, rhs), lhs_measured, rhs_measured, formats = residuals
         dy, dy_measured = _quantized(site, _DY, gradient, formats)
-        lhs_gradient = run(
-            site.programs.lhs_gradient, Operand(rhs, site.widths[slots[1]]), dy, site.backend
-        )
-        rhs_gradient = run(
-            site.programs.rhs_gradient, Operand(lhs, site.widths[slots[0]]), dy, site.backend
-        )
-        by_slot = dict(zip((*slots, _DY), (*measured, dy_measured), strict=True))
-        tap = jnp.stack([to_tap(by_slot[slot]) for slot in (_X, _W, _DY)])
+        lhs_gradient = run(programs.lhs_gradient, Operand(rhs, site.widths[rhs_slot]), dy, backend)
+        rhs_gradient = run(programs.rhs_gradient, Operand(lhs, site.widths[lhs_slot]), dy, backend)
+        measured = {lhs_slot: lhs_measured, rhs_slot: rhs_measured, _DY: dy_measured}
+        tap = jnp.stack([to_tap(measured[slot]) for slot in (_X, _W, _DY)])
         return lhs_gradient, rhs_gradient, np.zeros(formats.shape, jax.dtypes.float0), tap
 
     product.defvjp(forward, backward)

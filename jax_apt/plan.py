@@ -171,24 +171,19 @@ class _Planner:
             return None, outputs
         if not any(map(has_product, versions.sub_jaxprs(eqn))):
             return None, outputs
-        if name == "scan":
-            return self._scan(eqn, inputs, stack, scope)
-        if name == "while":
-            return self._while(eqn, inputs, stack, scope)
-        if name == "cond":
-            return self._cond(eqn, inputs, stack, scope)
-        if name in versions.CUSTOM_RULE:
-            return self._custom_rule(eqn, inputs, stack, scope)
-        if name in (*versions.JIT, *versions.REMAT, *versions.CALL):
-            (body,) = versions.sub_jaxprs(eqn)
-            plan, outputs = self.walk(body, inputs, stack, scope)
-            return Nested((plan,)), outputs
-        raise NotImplementedError(
-            f"{name} at {versions.source_line(eqn)} hides a matrix product or convolution that "
-            "apt_quantize cannot reach; call it outside the quantized function"
-        )
+        if name not in _BODIES:
+            raise NotImplementedError(
+                f"{name} at {versions.source_line(eqn)} hides a matrix product or convolution that "
+                "apt_quantize cannot reach; call it outside the quantized function"
+            )
+        return _BODIES[name](self, eqn, inputs, stack, scope)
 
     # Bodies
+
+    def _call(self, eqn, inputs, stack, scope):
+        (body,) = versions.sub_jaxprs(eqn)
+        plan, outputs = self.walk(body, inputs, stack, scope)
+        return Nested((plan,)), outputs
 
     def _scan(self, eqn, inputs, stack, scope):
         consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
@@ -203,9 +198,7 @@ class _Planner:
         c, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry: list[Label] = [None] * (len(inputs) - c - b)
         test, _ = self.walk(eqn.params["cond_jaxpr"], [*inputs[:c], *carry], stack, scope)
-        body, outputs = self.walk(
-            eqn.params["body_jaxpr"], [*inputs[c : c + b], *carry], stack, scope
-        )
+        body, outputs = self.walk(eqn.params["body_jaxpr"], [*inputs[c : c + b], *carry], stack, scope)
         return Nested((test, body)), outputs
 
     def _cond(self, eqn, inputs, stack, scope):
@@ -274,6 +267,15 @@ class _Planner:
         self.left[name] = LeftInFloat(name, eqn.primitive.name, reason)
 
 
+_BODIES = {
+    "scan": _Planner._scan,
+    "while": _Planner._while,
+    "cond": _Planner._cond,
+    **dict.fromkeys(versions.CUSTOM_RULE, _Planner._custom_rule),
+    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL), _Planner._call),
+}
+
+
 def _numbered(name: str):
     return itertools.chain([name], (f"{name}#{k}" for k in itertools.count(1)))
 
@@ -304,16 +306,17 @@ def _widths(rule: Rule, label: Label) -> tuple[int, ...]:
 
 
 def _is_integer_product(eqn: JaxprEqn) -> bool:
-    return all(jnp.issubdtype(v.aval.dtype, jnp.integer) for v in eqn.invars)
+    return all(jnp.issubdtype(versions.aval(v).dtype, jnp.integer) for v in eqn.invars)
 
 
 def _check_dtypes(eqn: JaxprEqn, name: str) -> None:
     allowed = (jnp.float32, jnp.bfloat16, jnp.float16)
     for var in (*eqn.invars, *eqn.outvars):
-        if var.aval.dtype not in allowed:
+        dtype = versions.aval(var).dtype
+        if dtype not in allowed:
             raise TypeError(
                 f"layer {name}: {eqn.primitive.name} at {versions.source_line(eqn)} has "
-                f"{var.aval.dtype} values; apt_quantize takes float32, bfloat16 and float16 (results are "
+                f"{dtype} values; apt_quantize takes float32, bfloat16 and float16 (results are "
                 f"float32 sums). Cast them, or leave the layer in float with "
                 f"Rule({name!r}, quantize=False)"
             )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
 from jax_apt.fixed_point import Fixed, count_nonfinite, dequantize, scale
 from jax_apt.gemm_form import as_gemm
@@ -94,8 +95,8 @@ def check_sums_fit(programs: Programs, lhs_bits: int, rhs_bits: int, out_bits: i
         depth = _depth(eqn)
         if a + b - 2 + math.ceil(math.log2(max(depth, 1))) > _INT64_BITS:
             raise ValueError(
-                f"its {name.replace('_', ' ')} product sums {depth} terms of {a} x {b} bits, more than 64-bit "
-                "sums surely hold; lower a width with a Rule"
+                f"its {name.replace('_', ' ')} product sums {depth} terms of {a} x {b} bits, more than a "
+                "64-bit sum surely holds; lower a width with a Rule"
             )
 
 
@@ -114,7 +115,8 @@ def _step(eqn: JaxprEqn, inputs: list, backend: str):
     """One equation of a program: the product itself, or a rearrangement of its operands or result."""
     name = eqn.primitive.name
     if name in PRODUCTS:
-        return _product(eqn, *inputs, backend)
+        a, b = inputs
+        return _product(eqn, a, b, backend)
     if name in ("convert_element_type", "copy"):
         return inputs[0]
     if name not in ("transpose", "rev", "reshape", "squeeze", "broadcast_in_dim"):
@@ -170,9 +172,7 @@ def _emulate(eqn: JaxprEqn, a: Array, b: Array, a_bits: int, b_bits: int) -> Arr
     params = dict(eqn.params) | {"precision": lax.Precision.HIGHEST}
     a_limb, b_limb = _float_limb_bits(a_bits, b_bits, _depth(eqn))
     terms = []
-    for (x, i), (y, j) in itertools.product(
-        _limbs(a, a_bits, a_limb), _limbs(b, b_bits, b_limb)
-    ):
+    for (x, i), (y, j) in itertools.product(_limbs(a, a_bits, a_limb), _limbs(b, b_bits, b_limb)):
         partial = eqn.primitive.bind(x.astype(jnp.float32), y.astype(jnp.float32), **params)
         terms.append((partial, i + j))
     if len(terms) == 1:
@@ -216,9 +216,7 @@ def _xla(eqn: JaxprEqn, a: Array, b: Array, a_bits: int, b_bits: int) -> Array:
     for start in range(0, max(form.depth, 1), _INT32_DEPTH):
         block = slice(start, start + _INT32_DEPTH)
         lhs, rhs = form.lhs[:, :, block], form.rhs[:, block, :]
-        for (x, i), (y, j) in itertools.product(
-            _int8_limbs(lhs, a_bits), _int8_limbs(rhs, b_bits)
-        ):
+        for (x, i), (y, j) in itertools.product(_int8_limbs(lhs, a_bits), _int8_limbs(rhs, b_bits)):
             terms.append(widen(_limb_product(x, y, lhs.shape[2]), i + j))
     return form.finish(jnp.broadcast_to(_sum(terms), (*form.lhs.shape[:2], form.rhs.shape[2])))
 
@@ -266,7 +264,7 @@ def _sum(terms) -> Array:
 
 def _depth(eqn: JaxprEqn) -> int:
     """Upper bound on the terms of one output element."""
-    shape = eqn.invars[1].aval.shape
+    shape = versions.aval(eqn.invars[1]).shape
     if eqn.primitive.name == "dot_general":
         (_, contracting), _ = eqn.params["dimension_numbers"]
         return math.prod(shape[d] for d in contracting)

@@ -142,9 +142,7 @@ def adjust(
     return TensorPrecision(
         bits=bits,
         exponent=keep(exponent, precision.exponent),
-        range_average=keep(
-            previous + config.alpha * (target - previous), precision.range_average
-        ),
+        range_average=keep(previous + config.alpha * (target - previous), precision.range_average),
         next_update=keep(step + interval, precision.next_update),
         updates=precision.updates + is_measured.astype(jnp.int32),
         nonfinite=precision.nonfinite + measured.nonfinite.astype(jnp.int32),

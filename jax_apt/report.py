@@ -55,9 +55,7 @@ class Report:
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         reasons = {f"{x.backend}: {x.reason}": None for x in self.layout.layers}
         lines += [f"backend {reason}" for reason in reasons]
-        lines += [
-            f"left in float: {x.name} ({x.primitive}): {x.reason}" for x in self.layout.left_in_float
-        ]
+        lines += [f"left in float: {x.name} ({x.primitive}): {x.reason}" for x in self.layout.left_in_float]
         lines += [f"rule {rule!r} hit no layer" for rule in self.layout.unused_rules]
         lines += [
             f"{name}: {r.nonfinite} NaN or infinite values in {t}"

@@ -69,8 +69,7 @@ class Layout:
         """Per layer, candidate widths of x, w, dy, the last one repeated to one length for all."""
         most = max((len(w) for layer in self.layers for w in layer.widths), default=1)
         return {
-            layer.name: tuple(w + w[-1:] * (most - len(w)) for w in layer.widths)
-            for layer in self.layers
+            layer.name: tuple(w + w[-1:] * (most - len(w)) for w in layer.widths) for layer in self.layers
         }
 
     def candidates(self) -> np.ndarray:
@@ -143,9 +142,7 @@ def formats(state: AptState) -> dict[str, Array]:
     if state.taps is not None:
         is_due = is_due | (p.next_update <= state.step)
     table = jnp.stack([p.bits, p.exponent, is_due.astype(jnp.int32)], axis=-1)
-    return {
-        layer.name: table[rows].reshape(*layer.stack, 3, 3) for layer, rows in state.layout.rows()
-    }
+    return {layer.name: table[rows].reshape(*layer.stack, 3, 3) for layer, rows in state.layout.rows()}
 
 
 # Taps: what a quantized product reports
@@ -223,6 +220,5 @@ def check_same_layers(state: AptState, layout: Layout) -> None:
                 )
     if differences:
         raise ValueError(
-            "the precision state belongs to another function; make one with init(). "
-            + "; ".join(differences)
+            "the precision state belongs to another function; make one with init(). " + "; ".join(differences)
         )

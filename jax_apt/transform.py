@@ -184,9 +184,7 @@ def _trace(q: AptFunction, variables, args, kwargs) -> _Traced:
 
     def flat_fn(*arrays):
         remaining = iter(arrays)
-        merged = [
-            next(remaining) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)
-        ]
+        merged = [next(remaining) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
         variables, args, kwargs = jax.tree.unflatten(tree, merged)
         return q.fn(variables, *args, **kwargs)
 
@@ -242,36 +240,32 @@ class _Replayer:
         _check_sums_fit(eqn, node, site)
         with jax.named_scope(f"apt/{node.layer}"):
             out = quantized_product(site, lhs, rhs, *sites[node.layer])
-        return out.astype(eqn.outvars[0].aval.dtype)
+        return out.astype(versions.aval(eqn.outvars[0]).dtype)
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
-        name = eqn.primitive.name
-        if name == "scan":
-            return self._scan(eqn, node, inputs, sites)
-        if name == "while":
-            return self._while(eqn, node, inputs, sites)
-        if name == "cond":
-            branches = [partial(self._body, body) for body in node.bodies]
-            return lax.switch(inputs[0], branches, sites, *inputs[1:])
-        if name in versions.CUSTOM_RULE:
-            return self._custom_rule(eqn, node, inputs, sites)
-        body = partial(self._body, node.bodies[0])
-        if name in versions.REMAT:
-            policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
-            return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(sites, *inputs)
-        if name in versions.JIT:
-            return self._jit(eqn, body, inputs, sites)
-        return body(sites, *inputs)
+        return _BODIES[eqn.primitive.name](self, eqn, node, inputs, sites)
 
     def _body(self, plan: Plan, sites: Sites, *args) -> list:
         return self.replay(plan, args, sites)
 
-    def _jit(self, eqn: JaxprEqn, body, inputs, sites: Sites) -> list:
+    def _jit(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         def named(sites, *args):
-            return body(sites, *args)
+            return self._body(node.bodies[0], sites, *args)
 
         named.__name__ = named.__qualname__ = str(eqn.params.get("name", "jit"))
         return jax.jit(named, inline=eqn.params.get("inline", False))(sites, *inputs)
+
+    def _remat(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        body = partial(self._body, node.bodies[0])
+        policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+        return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(sites, *inputs)
+
+    def _call(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        return self._body(node.bodies[0], sites, *inputs)
+
+    def _cond(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        branches = [partial(self._body, body) for body in node.bodies]
+        return lax.switch(inputs[0], branches, sites, *inputs[1:])
 
     def _scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """One precision per slice in a scan over layers, one for all steps in a scan over time."""
@@ -334,15 +328,24 @@ class _Replayer:
             floats, pullback = observed(gradient, formats, taps, (*args, *cotangents))
             (more,) = pullback(jax.tree.map(_zero_cotangent, floats))
             remaining = iter(floats)
-            gradients = [
-                next(remaining) if versions.is_float(x) else _zero_cotangent(x) for x in args
-            ]
+            gradients = [next(remaining) if versions.is_float(x) else _zero_cotangent(x) for x in args]
             statistics = jax.tree.map(jnp.add, statistics, more)
             return jax.tree.map(_zero_cotangent, formats), statistics, *gradients
 
         rule.defvjp(rule_forward, rule_backward)
         tables = {name: table for name, (table, _) in sites.items()}
         return rule(tables, {name: tap for name, (_, tap) in sites.items()}, *inputs)
+
+
+_BODIES = {
+    "scan": _Replayer._scan,
+    "while": _Replayer._while,
+    "cond": _Replayer._cond,
+    **dict.fromkeys(versions.CUSTOM_RULE, _Replayer._custom_rule),
+    **dict.fromkeys(versions.JIT, _Replayer._jit),
+    **dict.fromkeys(versions.REMAT, _Replayer._remat),
+    **dict.fromkeys(versions.CALL, _Replayer._call),
+}
 
 
 def _check_sums_fit(eqn: JaxprEqn, node: QuantizedProduct, site: Site) -> None:

@@ -41,9 +41,7 @@ def test_exponent_is_exact_around_every_boundary(bits):
 def test_exponent_of_tiny_and_huge_values_and_powers_of_two(bits):
     values = neighbours([TINY * 2, HUGE / 2, *2.0 ** np.arange(-125, 127)])
     values = np.append(values, np.array([0.0, TINY, HUGE], np.float32))
-    assert exponent_for(jnp.asarray(values), bits).tolist() == [
-        exponent_oracle(v, bits) for v in values
-    ]
+    assert exponent_for(jnp.asarray(values), bits).tolist() == [exponent_oracle(v, bits) for v in values]
 
 
 @given(value=NORMAL, bits=st.integers(2, 24))
@@ -140,9 +138,7 @@ def test_power_of_two_is_exact():
     assert np.array_equal(power_of_two(exponents), np.ldexp(np.float32(1), exponents))
 
 
-@given(
-    total=st.integers(-(2**24), 2**24), first=st.integers(-126, 126), second=st.integers(-126, 126)
-)
+@given(total=st.integers(-(2**24), 2**24), first=st.integers(-126, 126), second=st.integers(-126, 126))
 @settings(max_examples=300, deadline=None)
 def test_scaling_leaves_the_range_only_if_the_result_does(total, first, second):
     got = float(jax.jit(scale)(np.float32(total), np.int32(first), np.int32(second)))

@@ -1,4 +1,4 @@
-"""Products of quantized tensors: all three of a layer, every backend, equal to the int64 oracle bit for bit."""
+"""Products of quantized tensors: all three of a layer, every backend, bit-equal to an int64 oracle."""
 
 import itertools
 
@@ -23,7 +23,8 @@ CONVOLUTIONS = {  # lhs shape, rhs shape, what differs from a plain NCHW convolu
     "3d": ((1, 2, 4, 3, 4), (3, 2, 2, 1, 3), {"padding": ((1, 0), (0, 0), (1, 1))}),
     "stride": ((2, 3, 7, 8), (5, 3, 3, 2), {"window_strides": (2, 3), "padding": ((1, 1), (0, 2))}),
     "dilation": (
-        (1, 2, 9, 8), (3, 2, 3, 3), {"rhs_dilation": (2, 3), "lhs_dilation": (1, 2), "padding": ((2, 1), (0, 3))},
+        (1, 2, 9, 8), (3, 2, 3, 3),
+        {"rhs_dilation": (2, 3), "lhs_dilation": (1, 2), "padding": ((2, 1), (0, 3))},
     ),
     "crop": ((2, 2, 6, 6), (3, 2, 2, 2), {"padding": ((-1, 0), (1, -2))}),
     "groups": ((2, 6, 5, 5), (4, 3, 3, 3), {"feature_group_count": 2, "padding": ((1, 1), (1, 1))}),
@@ -81,9 +82,7 @@ def expected(sums, exponent):
 
 
 def check(program, a, b, sums, backend, exponent):
-    product = jax.jit(
-        lambda x, y: run(program, a._replace(number=x), b._replace(number=y), backend)
-    )
+    product = jax.jit(lambda x, y: run(program, a._replace(number=x), b._replace(number=y), backend))
     np.testing.assert_array_equal(product(a.number, b.number), expected(sums, exponent))
 
 
@@ -175,7 +174,7 @@ def matmul_case(depth, a_bits, b_bits, kind):
     return program, a, b
 
 
-@pytest.mark.parametrize("backend", ["xla"] + BACKENDS[2:])
+@pytest.mark.parametrize("backend", ["xla", *BACKENDS[2:]])
 @pytest.mark.parametrize("bits", [(8, 8), (24, 8), (24, 22)])
 def test_sums_deeper_than_int32(bits, backend):
     program, a, b = matmul_case(140_000, *bits, "largest")

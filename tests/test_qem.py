@@ -88,9 +88,7 @@ def test_widths_that_draws_of_each_distribution_get(name, widths):
     starts = jnp.zeros(SEEDS, jnp.int32)
     chosen = jax.vmap(choose_width, (0, 0, None))(jnp.float32(errors(name)), starts, 0.03)
     got = [WIDTHS[i] for i in chosen.tolist()]
-    needed = [
-        next((n for n in WIDTHS if diff_oracle(x, n) <= 0.03), 24) for x in sample(name)
-    ]  # by float64
+    needed = [next((n for n in WIDTHS if diff_oracle(x, n) <= 0.03), 24) for x in sample(name)]  # by float64
     assert got == needed and set(got) == widths
 
 

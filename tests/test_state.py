@@ -19,7 +19,11 @@ LAYOUT = Layout((layer("a"), layer("b", (2,)), layer("c", widths=((4,), (6,), (8
 
 def measurement(abs_sum=1.0, exponents=(-7, -15, -23), errors=(0.5, 0.25, 0.0), nonfinite=0.0):
     return Measurement(
-        jnp.float32(1.0), jnp.float32(nonfinite), jnp.float32(abs_sum), jnp.float32(errors), jnp.int32(exponents)
+        jnp.float32(1.0),
+        jnp.float32(nonfinite),
+        jnp.float32(abs_sum),
+        jnp.float32(errors),
+        jnp.int32(exponents),
     )
 
 

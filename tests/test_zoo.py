@@ -23,7 +23,18 @@ from jax_apt.zoo.trainer import PRECISIONS, Settings, Trainer, count_steps
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = Settings(epochs=1, batch_size=400, backend="xla")
-QUICK_OPTIONS = "--network mlp --seeds 2 --epochs 1 --batch-size 400 --backend xla".split()
+QUICK_OPTIONS = [
+    "--network",
+    "mlp",
+    "--seeds",
+    "2",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "400",
+    "--backend",
+    "xla",
+]
 
 
 def no_progress(*_):

@@ -57,9 +57,9 @@ def load_digits(seed: int) -> Dataset:
     """
     from sklearn import datasets
 
-    digits = datasets.load_digits()
-    images = (digits.images / 16).astype(np.float32)[..., None]
-    labels = digits.target.astype(np.int32)
+    pixels, labels = map(np.asarray, datasets.load_digits(return_X_y=True))
+    images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    labels = labels.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(labels))
     size = len(order) // FOLDS
     order = np.roll(order[: size * FOLDS], -size * (seed % FOLDS))
