@@ -14,3 +14,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def leak_checks():
     with jax.checking_leaks():
         yield
+
+
+@pytest.fixture
+def promotion_as_users_have_it():
+    """Optax and Flax promote dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

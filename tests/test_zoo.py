@@ -21,6 +21,8 @@ from jax_apt.zoo.runs import Runs, write_whole
 from jax_apt.zoo.tasks import TASKS, distort, load_digits, top1
 from jax_apt.zoo.trainer import PRECISIONS, Settings, Trainer, count_steps
 
+pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
+
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = Settings(epochs=1, batch_size=400, backend="xla")
 QUICK_OPTIONS = [
@@ -52,13 +54,6 @@ def command_line(*arguments, **environ):
         timeout=120,
         check=False,
     )
-
-
-@pytest.fixture(autouse=True)
-def promotion_as_users_have_it():
-    """Optax and Flax promote dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ class Task:
 
 # Digits
 
-NOISE = 0.15  # of the range of a pixel: float32 stays clearly below 100 points
+NOISE = 0.1  # of the range of a pixel: float32 stays clearly below 100 points
 FOLDS = 10
 TEST_COPIES = 8  # distortions of each test image, so that one image weighs less than 0.1 points
 
