@@ -3,8 +3,14 @@
 Tracer-leak checks switch off JAX's caches of traces, so they are a fixture that cheap tests ask for.
 """
 
+import os
+
 import jax
 import pytest
+
+# Child interpreters import the package that is installed, as this one does, and never the checkout that
+# they are started from, which may have no compiled library.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
