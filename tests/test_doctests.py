@@ -2,13 +2,18 @@
 
 import doctest
 import importlib
-import pkgutil
+import pathlib
 
 import pytest
 
 import jax_apt
 
-MODULES = [module.name for module in pkgutil.walk_packages(jax_apt.__path__, "jax_apt.")]
+ROOT = pathlib.Path(jax_apt.__file__).parent
+MODULES = sorted(
+    ".".join(("jax_apt", *path.relative_to(ROOT).with_suffix("").parts))
+    for path in ROOT.rglob("*.py")
+    if path.name != "__init__.py"
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
