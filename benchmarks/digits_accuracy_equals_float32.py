@@ -104,16 +104,17 @@ def quote(document: dict[str, Any]) -> str:
     about, versions = document["machine"], document["machine"]["versions"]
     seeds = len(_entries(document)[0][1]["difference"]["each"])
     return (
-        f"Test accuracy on handwritten digits, mean of {seeds} paired seeds, and the median time of a training "
-        f"step at both\nprecisions, in turn in one process. {about['cpu']}, {about['cores']} cores, "
+        f"Test accuracy on handwritten digits, mean of {seeds} paired seeds, and the median time of a "
+        f"training step at both\nprecisions, in turn in one process. {about['cpu']}, {about['cores']} cores, "
         f"{about['isa']}, jax {versions['jax']}, Python {about['python']}.\n\n{table(document)}"
     )
 
 
 def table(document: dict[str, Any]) -> str:
     """Markdown, one row for each network and mode."""
-    header = ("network", "mode", "float32", "APT", "difference [95 % CI]", "least", "dY: steps at 8 / 16 / 24",
-              "dY: at the end", "float32 step", "APT step")  # fmt: skip
+    widths = ("dY: steps at 8 / 16 / 24", "dY: at the end")
+    scores = ("float32", "APT", "difference [95 % CI]", "least")
+    header = ("network", "mode", *scores, *widths, "float32 step", "APT step")
     rows = [_row(mode, entry) for mode, entry in _entries(document)]
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
