@@ -42,11 +42,19 @@ Limbs SplitBits(int bits, int top_bits) {
   return limbs;
 }
 
-Limbs Bytes(int bits, int64_t largest) {
+Limbs Bytes(int bits) {
   Limbs limbs{};
   for (int shift = 0; shift < bits; shift += 8) limbs.limb[limbs.count++] = {shift, 255};
-  limbs.largest = limbs.count == 1 ? 127 : largest;
   return limbs;
+}
+
+// Terms of one element of the result.
+int64_t Depth(const Geometry& g, Kind kind) {
+  switch (kind) {
+    case Kind::kForward: return Volume(g.window) * (g.in_channels / g.groups);
+    case Kind::kInputGradient: return Volume(g.window) * (g.out_channels / g.groups);
+    default: return g.batch * Volume(g.out);
+  }
 }
 
 class Planner {
@@ -114,17 +122,17 @@ class Planner {
 
   // ---- Limbs
 
-  // Bytes: the sum of one pair of limbs must fit, 255 * 128 * depth < 2^31. One limb each wraps freely:
-  // only the final sum must fit, 127 * 127 * depth < 2^31.
+  // Bytes: the sum of one pair of limbs must fit, 255 * 128 * depth < 2^31. One limb each may wrap, if the
+  // final sum fits: 127 * 127 * depth < 2^31.
   // 16-bit elements: two 16-bit limbs would leave room for one product, so a 16-bit limb meets bytes.
   int64_t safe_depth;
 
   void SplitIntoLimbs(int lhs_bits, int rhs_bits) {
     if (p.shape.element_bytes == 1) {
-      p.lhs_limbs = Bytes(lhs_bits, 255), p.rhs_limbs = Bytes(rhs_bits, 128);
-      safe_depth = kInt32Max / (p.lhs_limbs.largest * p.rhs_limbs.largest);
-      if (p.lhs_limbs.count == 1) safe_depth = kInt32Max / (255 * p.rhs_limbs.largest);
-      if (p.lhs_limbs.count * p.rhs_limbs.count == 1) safe_depth = kInt32Max / (127 * 127);
+      p.lhs_limbs = Bytes(lhs_bits), p.rhs_limbs = Bytes(rhs_bits);
+      const bool is_single = p.lhs_limbs.count * p.rhs_limbs.count == 1;
+      const bool does_fit = is_single && Depth(g, kind) <= kInt32Max / (127 * 127);
+      safe_depth = does_fit ? kInt32Max : kInt32Max / (255 * 128);
       return;
     }
     constexpr int kTopBits[3][2] = {{16, 16}, {16, 8}, {8, 16}};
@@ -466,11 +474,7 @@ const char* FindError(const Product& product, int64_t* value) {
     *value = operand->exponent;
     if (operand->exponent < -126 || operand->exponent > 126) return "exponent must be in -126..126";
   }
-  const Geometry& g = product.geometry;
-  const int64_t taps = Volume(g.window);
-  const int64_t depth = product.kind == Kind::kForward         ? taps * (g.in_channels / g.groups)
-                        : product.kind == Kind::kInputGradient ? taps * (g.out_channels / g.groups)
-                                                               : g.batch * Volume(g.out);
+  const int64_t depth = Depth(product.geometry, product.kind);
   int depth_bits = 0;
   while ((int64_t{1} << depth_bits) < depth) ++depth_bits;
   *value = product.lhs.bits + product.rhs.bits - 2 + depth_bits;

@@ -31,7 +31,7 @@ struct Limb {  // of kernels on 16-bit elements: (code >> shift) & mask
 struct Limbs {
   Limb limb[kMaxLimbs];
   int count;
-  int64_t largest;  // bound on the magnitude of any limb
+  int64_t largest;  // bound on the magnitude of any limb; not used for bytes
 };
 
 struct Piece {  // of a segment's depth: the channels of one tap
