@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import planes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -44,15 +45,6 @@ def quantize_oracle(x, bits, exponent):
     """Codes by float64 arithmetic, which holds every float32 quotient by a power of two exactly."""
     largest = 2 ** (bits - 1) - 1
     return np.clip(np.rint(np.ldexp(x.astype(np.float64), -exponent)), -largest, largest).astype(np.int64)
-
-
-def planes_of(codes, bits, limbs=None):
-    """Limb planes by the definition: bytes of code + 2**(8 * limbs - 1), little end first."""
-    used = xla_ops.limb_count(bits)
-    shifted = np.asarray(codes, np.int64) + 2 ** (8 * used - 1)
-    planes = [(shifted >> (8 * i) & 255) for i in range(used)]
-    planes += [np.full(shifted.shape, 77)] * ((limbs or used) - used)  # never read
-    return np.stack(planes).astype(np.uint8)
 
 
 def sums_oracle(kind, geometry, lhs, rhs):
