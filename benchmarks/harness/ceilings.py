@@ -35,13 +35,8 @@ def bounds(measured: dict[str, float], isa: str, widths: tuple[int, int]) -> dic
 
     A product of wider operands takes several passes: by limbs of 8 bits, or of 16 where that is faster.
     """
-    family = next((name for name in _BY_ISA if isa.replace("-", "").replace("_int8", "").startswith(name)), None)
-    if isa.startswith("avx512"):
-        family = "avx512vnni"
-    if family is None:
-        return None
     choices = []
-    for limb, kernel in _BY_ISA[family].items():
+    for limb, kernel in _BY_ISA.get(isa.partition("_")[0], {}).items():
         passes = -(-widths[0] // limb) * -(-widths[1] // limb)
         if kernel in measured:
             choices.append((measured[kernel] / passes, kernel))

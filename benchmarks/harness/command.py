@@ -23,7 +23,8 @@ def options(claim: str, rounds: int, block_ms: float, argv: list[str] | None = N
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--without", default="", help="contenders to leave out, by comma: torch,aqt")
     parser.add_argument("--nonnegative", action="store_true", help="activations are a ReLU's output")
-    parser.add_argument("--huge-pages", action="store_true", help="glibc.malloc.hugetlb=1 for every contender")
+    parser.add_argument("--huge-pages", action="store_true", help="glibc.malloc.hugetlb=1 for all contenders")
+    parser.add_argument("--every-width", action="store_true", help="steps: all contenders, long compilations")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; saves nothing")
     parser.add_argument("--out", default=None, help="folder of the JSON file, instead of results/<cpu>")
     args = parser.parse_args(argv)
@@ -55,13 +56,14 @@ def run(
     print(f"{about['cpu']}, {args.threads} threads, ISA {about['isa']}", file=sys.stderr)
     measured = ceilings.measure(args.threads)
     kinds = [kind for kind in ENVIRONMENTS if kind not in args.without.split(",")]
+    cases = [case | ({"nonnegative": True} if args.nonnegative else {}) for case in cases]
     pace, rows, unavailable = Pace(args.rounds, args.block_ms / 1000), [], {}
     with Team(kinds, args.threads) as team:
         for case in cases:
             if args.only not in case["name"]:
                 continue
-            case = case | ({"nonnegative": True} if args.nonnegative else {})
             chosen = _without(contenders(case), args.without, kinds)
+            print(f"{case['name']} ...", file=sys.stderr)
             infos = team.prepare(case, chosen)
             unavailable |= {n: i["unavailable"] for n, i in infos.items() if "unavailable" in i}
             keys: list[Key] = [(n, one) for n, i in infos.items() for one in i.get("passes", [])]

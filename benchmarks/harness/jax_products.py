@@ -16,7 +16,7 @@ import jax_apt as apt
 from harness import oracle
 from harness.cases import arrays
 from harness.products import APT
-from harness.worker import Calls, Unavailable
+from harness.worker import Calls, UnavailableError
 
 
 def build(case: dict, name: str) -> tuple[Calls, dict]:
@@ -89,7 +89,7 @@ def _apt(case: dict, acts: int, weights: int, grads: int) -> tuple[Calls, dict]:
 
 
 def _measured_state(q: apt.AptFunction, w, x, dy) -> apt.AptState:
-    """The state after one training step whose output gradient is dy: formats that fit, nothing left to measure."""
+    """The state after one training step whose output gradient is dy: formats that fit."""
 
     def loss(params, state):
         return jnp.vdot(q.apply(params, state, x), dy)
@@ -154,7 +154,7 @@ def _aqt(case: dict) -> tuple[Calls, dict]:
     import aqt.jax.v2.config as aqt_config
 
     if case["kind"] != "gemm":
-        raise Unavailable("the convolution of AQT is not timed")
+        raise UnavailableError("the convolution of AQT is not timed")
     dot = aqt_config.dot_general_make(8, 8)
     return _forward(lambda x, w: dot(x, w, (((1,), (0,)), ((), ()))), case)
 

@@ -109,7 +109,7 @@ def _quantized_by_qwix(module, case: dict):
     import qwix
 
     rule = qwix.QtRule(
-        module_path=".*", weight_qtype=jnp.int8, act_qtype=jnp.int8, bwd_qtype=jnp.int8, disable_channelwise_axes=True
+        module_path=".*", weight_qtype=jnp.int8, act_qtype=jnp.int8, bwd_qtype=jnp.int8
     )
     return qwix.quantize_model(module, qwix.QtProvider([rule]))
 

@@ -3,12 +3,12 @@
 from harness import results
 from harness.results import number, table
 
-APT = ("apt-8", "apt-16", "apt-24", "apt-adaptive")
+EVERY_WIDTH = ["apt-8", "apt-16", "apt-24", "apt-adaptive", "qwix"]
 
 
 def contenders(case: dict) -> dict[str, list[str]]:
     """Names by worker kind."""
-    return {"jax": ["float32", *APT, "qwix"], "jax_ynn_off": ["float32"], "torch": ["float32"]}
+    return {"jax": ["float32", *case["contenders"]], "jax_ynn_off": ["float32"], "torch": ["float32"]}
 
 
 def rows_of(case: dict, ms: dict, infos: dict) -> list[dict]:
@@ -64,7 +64,13 @@ def memory_rows(case: dict, ms: dict, infos: dict) -> list[dict]:
 def memory_table(document: dict) -> str:
     header = ["step", "contender", "temporary MB", "of float32 (the better setting)", "arguments MB"]
     lines = [
-        [row["name"], name, number(m["temp"] / 1e6, 1), number(row["of_float32"][name]), number(m["argument"] / 1e6, 1)]
+        [
+            row["name"],
+            name,
+            number(m["temp"] / 1e6, 1),
+            number(row["of_float32"][name]),
+            number(m["argument"] / 1e6, 1),
+        ]
         for row in document["rows"]
         for name, m in row["memory"].items()
     ]

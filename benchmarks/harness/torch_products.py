@@ -1,4 +1,4 @@
-"""A product's contenders in PyTorch: float32 (channels_last), and the bare integer product `torch._int_mm`."""
+"""A product's contenders in PyTorch: float32 (channels_last), and the bare product `torch._int_mm`."""
 
 import os
 import time
@@ -6,10 +6,10 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from harness.cases import arrays
-from harness.worker import Calls, Unavailable
+from harness.worker import Calls, UnavailableError
 
 
 def build(case: dict, name: str) -> tuple[Calls, dict]:
@@ -45,7 +45,7 @@ def _convolution(case: dict) -> Calls:
 
     def forward():
         with torch.no_grad():
-            return F.conv2d(x, w, None, stride, pad, 1, groups)
+            return functional.conv2d(x, w, None, stride, pad, 1, groups)
 
     return {
         "forward": forward,
@@ -63,15 +63,16 @@ def _channels_last(array: np.ndarray) -> torch.Tensor:
 def _int_mm(case: dict) -> tuple[Calls, dict]:
     """int8 x int8 -> int32, forward alone; the faster of the two layouts of its second operand."""
     if case["kind"] != "gemm":
-        raise Unavailable("torch._int_mm is a matrix product")
+        raise UnavailableError("torch._int_mm is a matrix product")
     rng = np.random.default_rng(0)
-    x, w = (rng.integers(-127, 128, shape, np.int8) for shape in ((case["m"], case["k"]), (case["k"], case["n"])))
+    shapes = (case["m"], case["k"]), (case["k"], case["n"])
+    x, w = (rng.integers(-127, 128, shape, np.int8) for shape in shapes)
     left, right = torch.from_numpy(x), torch.from_numpy(w)
     layouts = [right, right.T.contiguous().T]
     try:
         exact = torch._int_mm(left, right).numpy()
     except RuntimeError as error:
-        raise Unavailable(str(error)) from None
+        raise UnavailableError(str(error)) from None
     right = min(layouts, key=lambda layout: _seconds(left, layout))
     difference = np.abs(np.float64(x) @ np.float64(w) - exact).max()
     return {"forward": lambda: torch._int_mm(left, right)}, {

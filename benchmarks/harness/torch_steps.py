@@ -4,11 +4,11 @@ import itertools
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from harness.networks import MOBILENET_STAGES, NETWORKS, batches
-from harness.worker import Calls, Unavailable
+from harness.worker import Calls, UnavailableError
 
 
 class _Residual(nn.Module):
@@ -21,7 +21,7 @@ class _Residual(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Sequential(*_conv_norm(cin, channels, 1, stride))
 
     def forward(self, x):
-        return F.relu(self.main(x) + self.shortcut(x))
+        return functional.relu(self.main(x) + self.shortcut(x))
 
 
 class _Inverted(nn.Module):
@@ -115,7 +115,7 @@ _MAKE = {
 def build(case: dict, name: str) -> tuple[Calls, dict]:
     """The float32 step; its parameters are as many as the Flax network's."""
     if case.get("memory_only"):
-        raise Unavailable("PyTorch does not say what memory a step takes")
+        raise UnavailableError("PyTorch does not say what memory a step takes")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     network = NETWORKS[case["network"]]
@@ -129,7 +129,7 @@ def build(case: dict, name: str) -> tuple[Calls, dict]:
         x, y = next(data)
         optimizer.zero_grad()
         logits = model(x)
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+        loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
         loss.backward()
         optimizer.step()
 

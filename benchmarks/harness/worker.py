@@ -1,4 +1,4 @@
-"""The child side of `harness.workers`: `python -m harness.worker KIND THREADS`, commands on standard input."""
+"""The child side of `harness.workers`: `python -m harness.worker KIND THREADS`, commands on its input."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ Calls = dict[str, Callable[[], Any]]  # pass -> what is timed; returns when its 
 _IDLE = 0.015  # seconds until the pool of the process timed before stops spinning
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A contender that cannot take part in a case; the message says why."""
 
 
@@ -31,7 +31,7 @@ class _Bench:
     def _prepare(self, case: dict, name: str) -> dict:
         try:
             calls, info = _builder(self.kind, case)(case, name)
-        except (ImportError, Unavailable) as error:
+        except (ImportError, UnavailableError) as error:
             return {"unavailable": f"{type(error).__name__}: {error}"}
         self.calls |= {(name, one): call for one, call in calls.items()}
         return {"passes": list(calls), **info}

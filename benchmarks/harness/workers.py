@@ -28,7 +28,8 @@ class Worker:
 
     def __init__(self, kind: str, threads: int):
         environment = dict(os.environ) | ENVIRONMENTS[kind]
-        environment |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment |= {"JAX_PLATFORMS": "cpu"}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
         command = [sys.executable, "-m", "harness.worker", kind, str(threads)]
         self.kind = kind
