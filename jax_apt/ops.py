@@ -17,8 +17,8 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_apt.config import Config
-from jax_apt.fixed_point import Fixed, container, count_nonfinite, exponent_for, quantize
-from jax_apt.products import Operand, Programs, run
+from jax_apt.fixed_point import exponent_for
+from jax_apt.products import Operand, Programs, quantize_operand, run
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
 from jax_apt.state import to_tap
@@ -61,14 +61,18 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
     def forward(lhs, rhs, formats, tap):
         lhs, lhs_measured = _quantized(site, lhs_slot, lhs, formats)
         rhs, rhs_measured = _quantized(site, rhs_slot, rhs, formats)
-        codes = checkpoint_name((lhs.number, rhs.number), CODES_NAME)
-        return run(programs.forward, lhs, rhs, backend), (codes, lhs_measured, rhs_measured, formats)
+        kept = checkpoint_name([(x.number, x.nonfinite) for x in (lhs, rhs)], CODES_NAME)
+        return run(programs.forward, lhs, rhs, backend), (kept, lhs_measured, rhs_measured, formats)
 
     def backward(residuals, gradient):
-        (lhs, rhs), lhs_measured, rhs_measured, formats = residuals
+        kept, lhs_measured, rhs_measured, formats = residuals
+        lhs, rhs = (
+            Operand(number, site.widths[slot], nonfinite)
+            for (number, nonfinite), slot in zip(kept, (lhs_slot, rhs_slot), strict=True)
+        )
         dy, dy_measured = _quantized(site, _DY, gradient, formats)
-        lhs_gradient = run(programs.lhs_gradient, Operand(rhs, site.widths[rhs_slot]), dy, backend)
-        rhs_gradient = run(programs.rhs_gradient, Operand(lhs, site.widths[lhs_slot]), dy, backend)
+        lhs_gradient = run(programs.lhs_gradient, rhs, dy, backend)
+        rhs_gradient = run(programs.rhs_gradient, lhs, dy, backend)
         measured = {lhs_slot: lhs_measured, rhs_slot: rhs_measured, _DY: dy_measured}
         tap = jnp.stack([to_tap(measured[slot]) for slot in (_X, _W, _DY)])
         return lhs_gradient, rhs_gradient, np.zeros(formats.shape, jax.dtypes.float0), tap
@@ -86,10 +90,8 @@ def _quantized(site: Site, slot: int, value: Array, formats: Array) -> tuple[Ope
         lambda: _measure(value, bits, exponent, widths, site.config),
         lambda: (bits, exponent, _nothing(widths)),
     )
-    codes = quantize(value, bits, exponent, container(widths[-1]))
-    measured = measured._replace(nonfinite=count_nonfinite(codes))
-    number = Fixed(codes, bits, exponent)
-    return Operand(number, tuple(dict.fromkeys(widths)), value), measured
+    operand = quantize_operand(value, bits, exponent, widths, site.backend)
+    return operand, measured._replace(nonfinite=operand.nonfinite)
 
 
 def _measure(value: Array, bits, exponent, widths, config: Config):
