@@ -35,7 +35,7 @@ class Style:
 class Scenes(NamedTuple):
     """N scenes with up to K digits each; class 0 is "no digit", class d + 1 the digit d."""
 
-    images: np.ndarray  # float32 (N, size, size, 3)
+    images: np.ndarray  # float32 (N, size, size, 3); colours of mean about 0 and variance about 1
     classes: np.ndarray  # int32 (N, K)
     boxes: np.ndarray  # float32 (N, K, 4): top, left, bottom, right, as parts of the side
     masks: np.ndarray  # int32 (N, size, size): class of each pixel
@@ -67,7 +67,7 @@ def draw(strokes: np.ndarray, labels: np.ndarray, style: Style, rng: Rng) -> Sce
         classes.append(np.where(is_there, labels[which] + 1, 0))
         boxes.append(_bounds(alpha > OPAQUE))
         masks = np.where(alpha > OPAQUE, classes[-1][:, None, None], masks)
-    noisy = canvas + style.noise * rng.standard_normal(canvas.shape)
+    noisy = (canvas + style.noise * rng.standard_normal(canvas.shape) - 0.5) / 0.25
     classes, boxes = np.stack(classes, 1), np.stack(boxes, 1)
     return Scenes(noisy.astype(np.float32), classes.astype(np.int32), boxes, masks.astype(np.int32))
 
