@@ -59,3 +59,40 @@ def test_recurrent_stacks_are_the_published_ones():
     gru = count(seq2seq.Seq2Seq(80_000, source_vocabulary=160_000, cell="gru"), TOKENS)
     gates = 8 * (2 * 1000 * 1000 + 1000)  # one gate fewer in each of the eight layers
     assert count(model, TOKENS) - gru == gates - 8 * 1000  # whose candidate has a second bias
+
+
+def test_local_response_normalization_is_its_formula():
+    x = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32)
+    expected = np.empty_like(x)
+    for c in range(7):
+        squares = (x[..., max(0, c - 2) : c + 3] ** 2).sum(-1)
+        expected[..., c] = x[..., c] / (2.0 + 1e-4 * squares) ** 0.75
+    np.testing.assert_allclose(layers.local_response_normalization(jnp.asarray(x)), expected, rtol=1e-6)
+
+
+def test_positions_are_sines_and_cosines():
+    table = np.asarray(transformer.positions(5, 8))[0]
+    assert table[0].tolist() == [0, 1] * 4
+    np.testing.assert_allclose(table[3, 2:4], [np.sin(3 / 10), np.cos(3 / 10)], rtol=1e-6)
+
+
+def test_padding_receives_no_attention_and_no_token_sees_later_ones():
+    for name in ("seq2seq-lstm", "seq2seq-gru", "transformer"):
+        model = NETWORKS[name].small(20)
+        source, target = jnp.array([[3, 4, 5, 0, 0]]), jnp.array([[1, 6, 7, 8]])
+        variables = model.init(jax.random.key(0), (source, target))
+        out = model.apply(variables, (source, target))
+        longer = model.apply(variables, (jnp.pad(source, ((0, 0), (0, 3))), target))
+        np.testing.assert_allclose(out, longer, atol=1e-5)
+        changed = model.apply(variables, (source, target.at[0, 2].set(9)))
+        np.testing.assert_allclose(out[:, :2], changed[:, :2], atol=1e-6)
+        assert np.abs(out[:, 2:] - changed[:, 2:]).max() > 1e-3
+
+
+def test_no_network_mentions_quantization():
+    import pathlib
+
+    folder = pathlib.Path(layers.__file__).parent
+    for path in folder.glob("*.py"):
+        text = path.read_text().lower().replace("none of them mentions quantization", "")
+        assert "quantiz" not in text and "jax_apt as" not in text and "fixed point" not in text, path

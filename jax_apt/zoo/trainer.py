@@ -5,13 +5,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
 import jax_apt as apt
 from jax_apt.zoo.networks import NETWORKS
@@ -23,35 +22,11 @@ from jax_apt.zoo.precisions import (
     adaptive_config,
     make_precision,
 )
+from jax_apt.zoo.steps import Trained, make_forward, make_predictor, make_step, start
 from jax_apt.zoo.tasks import TASKS, Dataset
 from jax_apt.zoo.tasks.task import take
 
 EVALUATED = 256  # test examples that are predicted at once
-
-
-class Trained(NamedTuple):
-    """What a step changes beside the precision state."""
-
-    params: Any
-    model_state: dict[str, Any]  # the network's other collections, such as "batch_stats"
-    opt_state: Any
-
-
-def make_forward(model) -> Callable:
-    """A Linen module as a function of its parameters first.
-
-    Returns:
-      `forward(params, model_state, key, inputs, train)`: (outputs, new model state).
-    """
-
-    def forward(params, model_state, key, inputs, train: bool):
-        variables = {"params": params, **model_state}
-        if not train:
-            return model.apply(variables, inputs, train=False), model_state
-        mutable = list(model_state)
-        return model.apply(variables, inputs, train=True, rngs={"dropout": key}, mutable=mutable)
-
-    return forward
 
 
 class Trainer:
@@ -66,46 +41,21 @@ class Trainer:
         self.precisions = {
             name: make_precision(name, forward, settings, self.steps_per_epoch) for name in ALL_PRECISIONS
         }
-        self.init = jax.jit(functools.partial(self.model.init, train=False))
-        self.steps = {name: self._compiled_step(p) for name, p in self.precisions.items()}
-        self.predictors = {name: self._compiled_predictor(p) for name, p in self.precisions.items()}
+        self.steps = {name: self._step(precision) for name, precision in self.precisions.items()}
+        self.predictors = {
+            name: jax.jit(make_predictor(precision, self.task.predict))
+            for name, precision in self.precisions.items()
+        }
 
-    def _compiled_step(self, precision: Precision) -> Callable:
-        def step(trained: Trained, state, key: Array, number: Array, inputs, labels):
-            dropout = jax.random.fold_in(key, number)
-
-            def loss_fn(params, state):
-                outputs, model_state = precision.apply(
-                    params, state, trained.model_state, dropout, inputs, True
-                )
-                return self.task.loss(outputs, labels), model_state
-
-            value, gradients, state = precision.value_and_grad(loss_fn)(trained.params, state)
-            loss, model_state = value
-            updates, opt_state = self.optimizer.update(gradients, trained.opt_state, trained.params)
-            params = optax.apply_updates(trained.params, updates)
-            return Trained(params, model_state, opt_state), state, loss
-
+    def _step(self, precision: Precision) -> Callable:
         # The precision state is not donated: a run keeps all of them for its history.
-        return jax.jit(step, donate_argnums=0)
-
-    def _compiled_predictor(self, precision: Precision) -> Callable:
-        def predict(params, model_state, state, inputs):
-            def apply(inputs):
-                return precision.apply(params, state, model_state, jax.random.key(0), inputs, False)[0]
-
-            return self.task.predict(apply, inputs)
-
-        return jax.jit(predict)
+        return jax.jit(make_step(precision, self.task.loss, self.optimizer), donate_argnums=0)
 
     def start(self, seed: int, precision: str, data: Dataset) -> tuple[Trained, Any]:
         """(parameters and the like, precision state); the former depend on the seed alone."""
         example = take(data.test_inputs, np.arange(self.settings.batch_size) % EVALUATED)
         key = jax.random.key(seed)
-        model_state = dict(self.init(key, example))
-        params = model_state.pop("params")
-        state = self.precisions[precision].init(params, model_state, key, example, True)
-        return Trained(params, model_state, self.optimizer.init(params)), state
+        return start(self.model, self.precisions[precision], self.optimizer, key, example)
 
     def run(self, seed: int, precision: str, on_step: Callable[[], None]) -> dict[str, Any]:
         """Trains from scratch.

@@ -1,5 +1,6 @@
 """Layers that several networks share."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -62,12 +63,28 @@ def local_response_normalization(
     return x * (k + alpha * squares) ** -beta
 
 
-def vgg_block(x: Array, channels: tuple[int, ...], name: str, dilation: int = 1) -> Array:
-    """3 x 3 convolutions with relu; call it inside a compact method."""
+def vgg_block(
+    x: Array,
+    channels: tuple[int, ...],
+    name: str,
+    dilation: int = 1,
+    norm: Callable[..., nn.Module] | None = None,
+) -> Array:
+    """3 x 3 convolutions with relu, normalized by `norm(name=...)`; call it inside a compact method."""
     for i, features in enumerate(channels):
         conv = Conv(features, (3, 3), padding=dilation, kernel_dilation=dilation, name=f"{name}_{i + 1}")
-        x = nn.relu(conv(x))
+        x = conv(x)
+        x = nn.relu(norm(name=f"{name}_{i + 1}_norm")(x) if norm else x)
     return x
+
+
+def norm_if(is_normalized: bool, train: bool) -> Callable[..., nn.Module] | None:
+    """Batch normalization for `vgg_block`, or None.
+
+    The published VGG networks have none: they start from a shallower network, or from weights that have
+    learnt ImageNet. From random values on a small task they stay at chance.
+    """
+    return partial(BatchNorm, use_running_average=not train) if is_normalized else None
 
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

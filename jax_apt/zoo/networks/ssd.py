@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from jax_apt.zoo.networks.layers import VGG16, Conv, max_pool, vgg_block
+from jax_apt.zoo.networks.layers import VGG16, Conv, max_pool, norm_if, vgg_block
 
 
 class Extra(NamedTuple):
@@ -46,19 +46,20 @@ class Ssd(nn.Module):
     head_dilation: int = 6
     extras: tuple[Extra, ...] = EXTRAS
     shapes: tuple[int, ...] = (4, 6, 6, 6, 4, 4)  # default boxes at each pixel of each map
+    is_normalized: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        offsets, scores = [], []
-        for i, (features, shapes) in enumerate(zip(self._maps(x), self.shapes, strict=True)):
+        maps, offsets, scores = self._maps(x, train), [], []
+        for i, (features, shapes) in enumerate(zip(maps, self.shapes, strict=True)):
             offsets.append(self._predict(features, shapes, 4, f"offsets{i + 1}"))
             scores.append(self._predict(features, shapes, self.outputs, f"scores{i + 1}"))
         return jnp.concatenate(offsets, axis=1), jnp.concatenate(scores, axis=1)
 
-    def _maps(self, x: Array) -> list[Array]:
-        maps = []
+    def _maps(self, x: Array, train: bool) -> list[Array]:
+        maps, norm = [], norm_if(self.is_normalized, train)
         for i, channels in enumerate(self.blocks):
-            x = vgg_block(x, channels, f"conv{i + 1}")
+            x = vgg_block(x, channels, f"conv{i + 1}", norm=norm)
             if i == self.tapped_block:
                 maps.append(L2Norm(name="l2norm")(x))
             # Pooling rounds up (75 pixels become 38) and the last block keeps its size.
@@ -82,7 +83,7 @@ class Ssd(nn.Module):
 
 
 def small(outputs: int) -> Ssd:
-    """Maps of 12 x 12, 6 x 6 and 3 x 3 from scenes of 48 x 48."""
+    """With batch normalization; maps of 12 x 12, 6 x 6 and 3 x 3 from scenes of 48 x 48."""
     blocks = ((16, 16), (32, 32), (48, 48), (64, 64))
-    extras = (Extra(32, 64, 2, 1),)
-    return Ssd(outputs, blocks, 2, head=64, head_dilation=2, extras=extras, shapes=(4, 4, 4))
+    options = {"extras": (Extra(32, 64, 2, 1),), "shapes": (4, 4, 4), "is_normalized": True}
+    return Ssd(outputs, blocks, 2, head=64, head_dilation=2, **options)
