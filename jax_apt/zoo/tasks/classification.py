@@ -5,7 +5,7 @@ from jax_apt.zoo.tasks import scenes
 from jax_apt.zoo.tasks.digits import cross_entropy
 from jax_apt.zoo.tasks.task import Dataset, Recipe, Task
 
-STYLE = scenes.Style(size=32, digits=1, fragments=4, scale=(1.7, 3.0))
+STYLE = scenes.Style(size=32, digits=1, fragments=2, scale=(1.9, 3.0))
 
 
 def load(seed: int) -> Dataset:

@@ -1,7 +1,7 @@
 """Scenes drawn from real pen strokes: scikit-learn's digits, turned, sheared, scaled, coloured, cluttered.
 
-Everything is drawn for all scenes at once. A training epoch draws one scene around each training digit;
-test scenes use test digits alone.
+All scenes of a batch are drawn at once. A training epoch draws one scene around each training digit; test
+scenes use test digits alone.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jax_apt.zoo.tasks.task import Dataset
 
 Rng = np.random.Generator
 STROKE = 8  # pixels along a side of a stored digit
-CONTRAST = 0.35  # least distance of a digit's colour from the background's, in some channel
+CONTRAST = 0.5  # least distance of a digit's colour from the background's, in some channel
 OPAQUE = 0.3  # share of ink at which a pixel belongs to the digit
 
 
@@ -27,9 +27,9 @@ class Style:
     digits: int  # at most, at least 1
     fragments: int  # torn strokes in the background
     scale: tuple[float, float]  # pixels of the scene per pixel of the stroke
-    turn: float = 0.5  # radians, either way
-    shear: float = 0.3
-    noise: float = 0.1  # standard deviation; colours lie in 0..1
+    turn: float = 0.4  # radians, either way
+    shear: float = 0.25
+    noise: float = 0.07  # standard deviation; colours lie in 0..1
 
 
 class Scenes(NamedTuple):
@@ -81,7 +81,7 @@ def load(seed: int, style: Style, copies: int, as_example: Callable) -> Dataset:
 
     test, test_labels = np.concatenate([test] * copies), np.concatenate([test_labels] * copies)
     examples = augment(test, test_labels, np.random.default_rng(0))
-    return Dataset(train, train_labels, *examples, augment)
+    return Dataset(train, train_labels, *examples, augment, is_augmented_by_batch=True)
 
 
 # Layers of a scene
@@ -101,7 +101,7 @@ def _contrasting(background: np.ndarray, rng: Rng) -> np.ndarray:
     channel = rng.integers(0, 3, len(color))
     rows = np.arange(len(color))
     base = background[rows, 0, 0, channel]
-    away = rng.uniform(CONTRAST, 0.8, len(color)) * np.where(base > 0.5, -1, 1)
+    away = rng.uniform(CONTRAST, 0.9, len(color)) * np.where(base > 0.5, -1, 1)
     color[rows, 0, 0, channel] = base + away
     return color
 
@@ -141,7 +141,7 @@ def _place(ink: np.ndarray, centers: np.ndarray, style: Style, rng: Rng) -> np.n
     inverse = np.linalg.inv(matrix)
     pixels = np.stack(np.mgrid[: style.size, : style.size], axis=-1).reshape(1, -1, 2)
     source = (pixels - centers[:, None]) @ inverse.transpose(0, 2, 1) + (STROKE - 1) / 2
-    return _sample(ink, source).reshape(count, style.size, style.size)
+    return _sample(ink, source.astype(np.float32)).reshape(count, style.size, style.size)
 
 
 def _matrices(a, b, c, d) -> np.ndarray:
@@ -154,7 +154,7 @@ def _sample(images: np.ndarray, points: np.ndarray) -> np.ndarray:
     points = np.clip(points + 1, 0, STROKE + 1)
     low = np.floor(points).astype(int)
     part, rows = points - low, np.arange(len(images))[:, None]
-    value = 0
+    value = np.zeros((), points.dtype)
     for down in (0, 1):
         for right in (0, 1):
             weight = np.abs(1 - down - part[..., 0]) * np.abs(1 - right - part[..., 1])

@@ -32,6 +32,7 @@ class Dataset:
     test_inputs: Any  # as the network takes them
     test_labels: Any
     augment: Callable[[Any, Any, np.random.Generator], tuple[Any, Any]]  # (inputs, labels, rng)
+    is_augmented_by_batch: bool = False  # each batch when it is asked for, in place of the whole epoch
 
     def __len__(self) -> int:
         """Training examples in an epoch."""
@@ -42,9 +43,11 @@ class Dataset:
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(self))
         examples = take((self.train_inputs, self.train_labels), order)
-        augmented = self.augment(*examples, rng)
+        if not self.is_augmented_by_batch:
+            examples = self.augment(*examples, rng)
         for start in range(0, len(order) - size + 1, size):
-            yield take(augmented, slice(start, start + size))
+            batch = take(examples, slice(start, start + size))
+            yield self.augment(*batch, rng) if self.is_augmented_by_batch else batch
 
 
 def take(tree: Any, index) -> Any:
