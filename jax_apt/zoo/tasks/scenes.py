@@ -16,6 +16,7 @@ from jax_apt.zoo.tasks.task import Dataset
 Rng = np.random.Generator
 STROKE = 8  # pixels along a side of a stored digit
 CONTRAST = 0.5  # least distance of a digit's colour from the background's, in some channel
+DARK = 0.4  # brightest background; strokes of both polarities need far longer training
 OPAQUE = 0.3  # share of ink at which a pixel belongs to the digit
 
 
@@ -56,7 +57,7 @@ def draw(strokes: np.ndarray, labels: np.ndarray, style: Style, rng: Rng) -> Sce
     for k in range(style.fragments):
         torn = _tear(ink[rng.integers(0, count, count)], rng)
         alpha = _place(torn, centers[:, style.digits + k], style, rng)
-        canvas = _paint(canvas, alpha, rng.random((count, 1, 1, 3)))
+        canvas = _paint(canvas, alpha, rng.uniform(0.2, 1, (count, 1, 1, 3)))
     masks = np.zeros((count, style.size, style.size), np.int32)
     classes, boxes = [], []
     for k in range(style.digits):
@@ -89,20 +90,18 @@ def load(seed: int, style: Style, copies: int, as_example: Callable) -> Dataset:
 
 def _background(count: int, size: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """A colour that changes slowly along one direction: (the canvas, its mean colour (N, 1, 1, 3))."""
-    color = rng.random((count, 1, 1, 3))
+    color = rng.uniform(0, DARK, (count, 1, 1, 3))
     slope = rng.uniform(-0.3, 0.3, (2, count, 1, 1, 3))
     ramp = np.linspace(-0.5, 0.5, size)
     return color + slope[0] * ramp[:, None, None] + slope[1] * ramp[None, :, None], color
 
 
 def _contrasting(background: np.ndarray, rng: Rng) -> np.ndarray:
-    """A colour per scene that differs from the background's by at least CONTRAST in one channel."""
-    color = rng.random(background.shape)
+    """A colour per scene, brighter than the background, by at least CONTRAST in one channel."""
+    color = rng.uniform(DARK, 1, background.shape)
     channel = rng.integers(0, 3, len(color))
     rows = np.arange(len(color))
-    base = background[rows, 0, 0, channel]
-    away = rng.uniform(CONTRAST, 0.9, len(color)) * np.where(base > 0.5, -1, 1)
-    color[rows, 0, 0, channel] = base + away
+    color[rows, 0, 0, channel] = background[rows, 0, 0, channel] + rng.uniform(CONTRAST, 0.9, len(color))
     return color
 
 
