@@ -16,10 +16,10 @@ from scipy import stats
 import jax_apt as apt
 from jax_apt.zoo import cli, environment, tables
 from jax_apt.zoo.compare import compare_network, merge_reports, paired_difference
-from jax_apt.zoo.networks import NETWORKS
-from jax_apt.zoo.runs import Runs, write_whole
 from jax_apt.zoo.metrics import top1
+from jax_apt.zoo.networks import NETWORKS
 from jax_apt.zoo.precisions import PRECISIONS, Settings
+from jax_apt.zoo.runs import Runs, write_whole
 from jax_apt.zoo.tasks import TASKS
 from jax_apt.zoo.tasks.digits import distort, load_digits
 from jax_apt.zoo.trainer import Trainer, count_steps

@@ -41,7 +41,9 @@ def write_cifar(folder, is_binary):
         rows, labels = cifar_batch(k)
         name = f"data_batch_{k + 1}" if k < 5 else "test_batch"
         if is_binary:
-            records = b"".join(struct.pack("B", n) + row.tobytes() for n, row in zip(labels, rows, strict=True))
+            records = b"".join(
+                struct.pack("B", n) + row.tobytes() for n, row in zip(labels, rows, strict=True)
+            )
             (folder / f"{name}.bin").write_bytes(records)
         else:
             content = {b"data": rows, b"labels": labels, b"batch_label": b"x", b"filenames": [b"a.png"]}
@@ -214,7 +216,9 @@ def test_windows_keep_image_and_mask_together():
     mask = np.random.default_rng(0).integers(0, 21, (30, 50)).astype(np.int32)
     image = np.repeat(mask[..., None], 3, -1).astype(np.uint8)
     for seed in range(10):
-        window, labels = augmentation.random_window({"image": image, "mask": mask}, np.random.default_rng(seed), 40)
+        window, labels = augmentation.random_window(
+            {"image": image, "mask": mask}, np.random.default_rng(seed), 40
+        )
         assert window.shape == (40, 40, 3) and labels.shape == (40, 40)
         values = np.round((window * augmentation.DEVIATION + augmentation.MEAN) * 255)
         counts = labels != 255
@@ -296,7 +300,9 @@ def test_recipes_name_networks_and_train_their_parameters(name):
 def test_warmup_is_that_of_its_formula():
     rate = RECIPES["transformer-text"].schedule(100)
     for step in (1, 1000, 4000, 50_000):
-        assert float(rate(step - 1)) == pytest.approx(512**-0.5 * min(step**-0.5, step * 4000**-1.5), rel=1e-5)
+        assert float(rate(step - 1)) == pytest.approx(
+            512**-0.5 * min(step**-0.5, step * 4000**-1.5), rel=1e-5
+        )
 
 
 # Training

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jax_apt.zoo.metrics import iou
-from jax_apt.zoo.tasks import TASKS, classification, default_boxes, detection, scenes, segmentation, translation
+from jax_apt.zoo.tasks import (
+    TASKS,
+    classification,
+    default_boxes,
+    detection,
+    scenes,
+    segmentation,
+    translation,
+)
 from jax_apt.zoo.tasks.digits import split
 
 pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
@@ -187,7 +195,9 @@ def test_pixel_loss_ignores_what_does_not_count():
     masks[0, 0] = segmentation.IGNORED
     assert float(segmentation.pixel_cross_entropy(logits, jnp.asarray(masks))) < 1e-3
     masks[0, 1] = 5
-    assert float(segmentation.pixel_cross_entropy(logits, jnp.asarray(masks))) == pytest.approx(30 / 3, rel=1e-3)
+    assert float(segmentation.pixel_cross_entropy(logits, jnp.asarray(masks))) == pytest.approx(
+        30 / 3, rel=1e-3
+    )
 
 
 def test_predicted_pixels_are_enlarged_and_not_finite_ones_are_no_class():
@@ -202,9 +212,18 @@ def test_predicted_pixels_are_enlarged_and_not_finite_ones_are_no_class():
 
 
 def test_words_of_both_languages():
-    assert translation.english(342_017) == "three hundred and forty two thousand and seventeen".split()
-    assert translation.german(342_017) == "drei hundert zwei und vierzig tausend siebzehn".split()
-    assert translation.german(1_000_021) == "eine Million ein und zwanzig".split()
+    assert translation.english(342_017) == [
+        "three",
+        "hundred",
+        "and",
+        "forty",
+        "two",
+        "thousand",
+        "and",
+        "seventeen",
+    ]
+    assert translation.german(342_017) == ["drei", "hundert", "zwei", "und", "vierzig", "tausend", "siebzehn"]
+    assert translation.german(1_000_021) == ["eine", "Million", "ein", "und", "zwanzig"]
 
 
 def test_every_number_can_be_written():
@@ -224,7 +243,9 @@ def test_numbers_are_held_out_and_inputs_are_targets_moved_by_one():
     begun, ended = data.train_inputs[1], data.train_labels
     assert (begun[:, 0] == translation.START).all()
     is_word = ended > translation.END
-    np.testing.assert_array_equal((begun[:, 1:] * is_word[:, :-1])[is_word[:, :-1]], ended[:, :-1][is_word[:, :-1]])
+    np.testing.assert_array_equal(
+        (begun[:, 1:] * is_word[:, :-1])[is_word[:, :-1]], ended[:, :-1][is_word[:, :-1]]
+    )
 
 
 def test_greedy_translation_follows_its_own_words():

@@ -141,7 +141,7 @@ def test_a_few_steps_lower_the_loss_and_predictions_use_what_was_learnt(kind):
 
 def test_dropout_is_that_of_the_step_and_equal_at_all_precisions():
     """In float, through the replay: the same key drops the same units, another step's others."""
-    make, inputs, labels, *_ = KINDS["attention"]
+    make, inputs, *_ = KINDS["attention"]
     model = make()
     forward, key = make_forward(model), jax.random.key(0)
     params = jax.jit(model.init)(key, inputs)["params"]

@@ -1,4 +1,4 @@
-"""The command line: `jax-apt compare` trains in float32 and in adaptive fixed point."""
+"""The command line: `jax-apt compare`, `observe` and `train`."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ import sys
 from typing import Any, NamedTuple
 
 EXTRA = "pip install 'jax-apt[cli]'"
+DATA_EXTRA, DATA_PACKAGES = "pip install 'jax-apt[data]'", ("grain", "orbax", "PIL")
 EXTRA_PACKAGES = ("flax", "optax", "sklearn", "scipy", "matplotlib", "rich", "sacrebleu", "num2words")
 
 
@@ -18,12 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options = _parser().parse_args(arguments)
-        return _compare(options, shlex.join(["jax-apt", *arguments]))
+        return options.function(options, shlex.join(["jax-apt", *arguments]))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRA_PACKAGES:
+        if package not in (*EXTRA_PACKAGES, *DATA_PACKAGES):
             raise
-        return _fail(f"jax-apt: the package {package!r} is missing; install the extra: {EXTRA}")
+        extra = DATA_EXTRA if package in DATA_PACKAGES else EXTRA
+        return _fail(f"jax-apt: the package {package!r} is missing; install the extra: {extra}")
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept, the same command goes on from there")
         return 130
@@ -55,7 +57,53 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=pathlib.Path, default=pathlib.Path("apt-compare"), help="folder to write to")
     add("--fresh", action="store_true", help="forget the finished runs in the folder")
     add("--json", action="store_true", help="print one JSON object alone on standard output")
+    compare.set_defaults(function=_compare)
+    _add_observe(commands)
+    _add_train(commands)
     return parser
+
+
+def _add_observe(commands) -> None:
+    from jax_apt.zoo.tasks.digits import DIGITS
+
+    observe = commands.add_parser(
+        "observe",
+        help="draw the paper's observations from a finished comparison",
+        description="Draws how ranges and widths of gradients differ by layer and settle, and what gradients "
+        "of 8 bits cost, from results.json; measures with --correlate how well three error measures foretell "
+        "the loss of accuracy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = observe.add_argument
+    add("--results", type=pathlib.Path, default=pathlib.Path("apt-compare"), help="folder of a comparison")
+    add("--out", type=pathlib.Path, default=pathlib.Path("apt-observe"), help="folder to write to")
+    add("--correlate", choices=DIGITS.networks, default=argparse.SUPPRESS, help="network to measure")
+    add("--epochs", type=_positive, default=DIGITS.recipe.epochs, help="of each training of --correlate")
+    observe.set_defaults(function=_observe)
+
+
+def _add_train(commands) -> None:
+    from jax_apt.config import BACKENDS
+    from jax_apt.zoo.precisions import ALL_PRECISIONS
+
+    train = commands.add_parser(
+        "train",
+        help="train a published recipe on real data",
+        description="Trains a network on a data set that is on this machine, as its paper does, on all "
+        "devices. Goes on from the last checkpoint in the output folder. Needs jax-apt[data].",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = train.add_argument
+    add("recipe", help="for example resnet50-imagenet; an unknown name lists all")
+    add("--data", type=pathlib.Path, required=True, help="folder of the data set")
+    add("--out", type=pathlib.Path, default=pathlib.Path("apt-train"), help="folder to write to")
+    add("--precision", choices=ALL_PRECISIONS, default="apt", help="of the products")
+    add("--size", choices=("published", "small"), default="published", help="of the network")
+    add("--epochs", type=_positive, default=argparse.SUPPRESS, help="other than the recipe's")
+    add("--batch-size", type=_positive, default=argparse.SUPPRESS, help="other than the recipe's")
+    add("--seed", type=int, default=0, help="of initial values, order and augmentation")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs integer products")
+    train.set_defaults(function=_train)
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -286,6 +334,49 @@ def _run(jobs: list[_Job], options: argparse.Namespace, machine: dict) -> list[d
     for path in damaged:
         print(f"{path} was damaged; it has been made anew", file=sys.stderr)
     return entries
+
+
+def _observe(options: argparse.Namespace, _: str) -> int:
+    from jax_apt.zoo import observations
+    from jax_apt.zoo.runs import write_whole
+    from jax_apt.zoo.trainer import settings_for
+
+    path = options.results / "results.json"
+    if not path.exists():
+        return _fail(f"jax-apt observe: error: argument --results: {path} is not there; run jax-apt compare")
+    options.out.mkdir(parents=True, exist_ok=True)
+    entries = json.loads(path.read_text())["networks"]
+    for entry in entries:
+        observations.draw_ranges(entry, options.out / f"ranges-{entry['name']}.png")
+    if not observations.draw_costs(entries, options.out / "costs.png"):
+        print("no costs.png: the comparison has no --precision int8", file=sys.stderr)
+    network = getattr(options, "correlate", None)
+    if network:
+        settings = settings_for("digits", epochs=options.epochs)
+        result = observations.correlate_errors(network, settings, lambda line: print(line, file=sys.stderr))
+        write_whole(options.out / f"correlation-{network}.json", json.dumps(result, indent=1))
+        observations.draw_correlation(result, options.out / f"correlation-{network}.png")
+    print(f"pictures are in {options.out}")
+    return 0
+
+
+def _train(options: argparse.Namespace, command: str) -> int:
+    from jax_apt.zoo import environment
+    from jax_apt.zoo.data.recipes import RECIPES
+    from jax_apt.zoo.data.training import Options, train
+    from jax_apt.zoo.runs import write_whole
+
+    if options.recipe not in RECIPES:
+        return _fail(f"jax-apt train: error: {options.recipe!r} is none of {', '.join(RECIPES)}")
+    chosen = {k: v for k, v in vars(options).items() if k not in ("command", "function")}
+    try:
+        result = train(Options(**chosen), lambda line: print(line, file=sys.stderr))
+    except (FileNotFoundError, ValueError) as error:
+        return _fail(f"jax-apt train: error: {error}")
+    record = {"command": command, "environment": environment.describe(), **result}
+    write_whole(options.out / "result.json", json.dumps(record, indent=1))
+    print(f"score {result['score']:.2f} after {result['steps']} steps; result.json is in {options.out}")
+    return 0
 
 
 def _report_reuse(entry: dict[str, Any], total: int, folder: pathlib.Path) -> None:

@@ -61,7 +61,10 @@ class Boxes(NamedTuple):
 
 
 def voc_map(
-    predicted: Sequence[Boxes], truth: Sequence[Boxes], threshold: float = 0.5, use_eleven_points: bool = False
+    predicted: Sequence[Boxes],
+    truth: Sequence[Boxes],
+    threshold: float = 0.5,
+    use_eleven_points: bool = False,
 ) -> float:
     """Mean average precision of the Pascal VOC protocol.
 

@@ -80,9 +80,7 @@ def float32(apply: Callable) -> Precision:
     return Precision(lambda *_: None, ignoring_state, value_and_grad, lambda _: None)
 
 
-def adaptive(
-    apply: Callable, widths: tuple[int, ...], config: apt.Config, backend: apt.Backend
-) -> Precision:
+def adaptive(apply: Callable, widths: tuple[int, ...], config: apt.Config, backend: apt.Backend) -> Precision:
     """The function in adaptive fixed point; its state is an `AptState`."""
     rules = [apt.Rule("", grads=apt.Adaptive(*widths))]
     quantized = apt.apt_quantize(apply, rules, config=config, backend=backend)

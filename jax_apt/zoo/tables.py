@@ -63,9 +63,7 @@ def others_table(entries: list[dict[str, Any]]) -> Table:
         for name, other in entry["others"].items():
             step = f"{entry['step_ms'][name]['median']:.2f} ms"
             score = f"{other['mean']:.2f}"
-            table.add_row(
-                entry["name"], LABELS[name], score, format_difference(other["difference"]), step
-            )
+            table.add_row(entry["name"], LABELS[name], score, format_difference(other["difference"]), step)
     return table
 
 

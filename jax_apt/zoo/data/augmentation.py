@@ -110,7 +110,10 @@ def ssd_sample(example: dict, rng: Rng, size: int) -> tuple[np.ndarray, dict[str
     scene = _crop_around_objects(scene, rng)
     image, boxes = scene.image, scene.boxes
     if rng.random() < 0.5:
-        image, boxes = image[:, ::-1], np.stack([boxes[:, 0], 1 - boxes[:, 3], boxes[:, 2], 1 - boxes[:, 1]], 1)
+        image, boxes = (
+            image[:, ::-1],
+            np.stack([boxes[:, 0], 1 - boxes[:, 3], boxes[:, 2], 1 - boxes[:, 1]], 1),
+        )
     labels = _padded_objects(boxes, scene.classes, np.zeros(len(boxes), bool))
     return normalize(resize(np.ascontiguousarray(image), size, size)), labels
 

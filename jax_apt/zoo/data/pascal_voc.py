@@ -4,7 +4,7 @@ Source: Everingham et al., "The Pascal Visual Object Classes Challenge", 2010, d
 """
 
 import pathlib
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -34,7 +34,9 @@ class VocDetection:
     """
 
     def __init__(self, folders, name: str):
-        folders = [pathlib.Path(f) for f in ([folders] if isinstance(folders, str | pathlib.Path) else folders)]
+        folders = [
+            pathlib.Path(f) for f in ([folders] if isinstance(folders, str | pathlib.Path) else folders)
+        ]
         self.images = [(f, i) for f in folders for i in read_image_set(f, "Main", name)]
 
     def __len__(self) -> int:

@@ -177,7 +177,9 @@ class _Run:
         self.key, self.step = jax.random.key(options.seed), 0
         example = self._evaluation_example()
         self.trained, self.state = start(model, self.precision, optimizer, self.key, example)
-        self.compiled = jax.jit(make_step(self.precision, self.problem.loss, optimizer), donate_argnums=(0, 1))
+        self.compiled = jax.jit(
+            make_step(self.precision, self.problem.loss, optimizer), donate_argnums=(0, 1)
+        )
         self.predict = jax.jit(make_predictor(self.precision, self.problem.predict))
         self.manager = ocp.CheckpointManager(
             options.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -210,7 +212,8 @@ class _Run:
         arrays = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves((self.trained, self.state)))}
         place = json.loads(json.dumps(self.stream.get_state()))
         self.manager.save(
-            self.step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(place))
+            self.step,
+            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(place)),
         )
 
     def close(self) -> None:

@@ -55,4 +55,3 @@ class ResNet(nn.Module):
         for _ in range(2):
             x = ResidualBlock(16)(x)
         return nn.Dense(self.outputs)(x.mean(axis=(1, 2)))
-

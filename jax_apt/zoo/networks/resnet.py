@@ -54,7 +54,9 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(self.stages):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = Block(2**stage * self.channels, stride, self.is_bottleneck, name=f"s{stage + 1}b{i + 1}")
+                block = Block(
+                    2**stage * self.channels, stride, self.is_bottleneck, name=f"s{stage + 1}b{i + 1}"
+                )
                 x = block(x, train)
         return nn.Dense(self.outputs, name="classifier")(x.mean(axis=(1, 2)))
 

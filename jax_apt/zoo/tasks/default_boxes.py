@@ -54,9 +54,7 @@ def to_corners(boxes):
 
 def to_centered(boxes):
     """Top, left, bottom, right to centre, height and width."""
-    return jnp.concatenate(
-        [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], axis=-1
-    )
+    return jnp.concatenate([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], axis=-1)
 
 
 def encode(corners: Array, defaults: Array) -> Array:
