@@ -131,7 +131,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "gradients of that one width",
     )
     add("--seeds", type=_positive, default=5, help="pairs of runs per network")
-    hyper = {"default": argparse.SUPPRESS}
+    hyper: dict[str, Any] = {"default": argparse.SUPPRESS}
     add("--epochs", type=_positive, **hyper, help=f"passes over the data; {_recipes('epochs')}")
     add("--batch-size", type=_positive, **hyper, help=f"examples per step; {_recipes('batch_size')}")
     add(

@@ -56,11 +56,13 @@ def correlate_errors(
             loss = baseline - _score_with_one_gradient(trainer, settings, layer, bits)
             points.append({"layer": layer, "bits": bits, "loss": loss, **by_width[bits]})
     losses = [point["loss"] for point in points]
-    correlation = {
-        measure: float(stats.spearmanr([point[measure] for point in points], losses).statistic)
-        for measure in MEASURES
-    }
+    correlation = {measure: _rank_correlation([p[measure] for p in points], losses) for measure in MEASURES}
     return {"network": network, "float32": baseline, "points": points, "rank_correlation": correlation}
+
+
+def _rank_correlation(x: list[float], y: list[float]) -> float:
+    result: Any = stats.spearmanr(x, y)
+    return float(result.statistic)
 
 
 def measured_errors(

@@ -85,8 +85,8 @@ class Trainer:
         """The task's metric over the whole test set, in points."""
         count, parts = len(jax.tree.leaves(data.test_labels)[0]), []
         size = min(count, EVALUATED)
-        for start in range(0, count, size):
-            inputs = take(data.test_inputs, np.arange(start, start + size) % count)
+        for first in range(0, count, size):
+            inputs = take(data.test_inputs, np.arange(first, first + size) % count)
             part = self.predictors[precision](trained.params, trained.model_state, state, inputs)
             parts.append(jax.device_get(part))
         predicted = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
@@ -109,7 +109,7 @@ class Trainer:
             for p in precisions:
                 began = time.perf_counter()
                 done = self.steps[p](*current[p], key, jnp.int32(i), *batch)
-                *current[p], _ = jax.block_until_ready(done)
+                current[p] = jax.block_until_ready(done)[:2]
                 if i >= warm_up:
                     milliseconds[p].append(1e3 * (time.perf_counter() - began))
         return {p: _quartiles(milliseconds[p]) for p in precisions} | {"pairs": pairs}

@@ -9,8 +9,8 @@ from PIL import Image
 from jax_apt.zoo.metrics import iou
 
 Rng = np.random.Generator
-MEAN = np.float32([0.485, 0.456, 0.406])  # of ImageNet's colours in 0..1
-DEVIATION = np.float32([0.229, 0.224, 0.225])
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet's colours in 0..1
+DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 IGNORED = 255
 MOST_OBJECTS = 64  # in one image; annotations are padded to so many
 
@@ -130,8 +130,9 @@ def _zoom_out(scene: _Scene, rng: Rng) -> _Scene:
     top, left = rng.integers(0, h - height + 1), rng.integers(0, w - width + 1)
     canvas = np.broadcast_to(np.round(255 * MEAN).astype(np.uint8), (h, w, 3)).copy()
     canvas[top : top + height, left : left + width] = scene.image
-    sides, corner = np.float32([height, width] * 2), np.float32([top, left] * 2)
-    return scene._replace(image=canvas, boxes=(scene.boxes * sides + corner) / np.float32([h, w] * 2))
+    sides, corner = np.array([height, width] * 2), np.array([top, left] * 2)
+    boxes = (scene.boxes * sides + corner) / np.array([h, w] * 2)
+    return scene._replace(image=canvas, boxes=boxes.astype(np.float32))
 
 
 def _crop_around_objects(scene: _Scene, rng: Rng) -> _Scene:
@@ -144,7 +145,7 @@ def _crop_around_objects(scene: _Scene, rng: Rng) -> _Scene:
         if not 0.5 <= h / w <= 2:
             continue
         top, left = rng.uniform(0, 1 - h), rng.uniform(0, 1 - w)
-        window = np.float32([top, left, top + h, left + w])
+        window = np.array([top, left, top + h, left + w])
         centre = (scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2
         is_inside = ((centre > window[:2]) & (centre < window[2:])).all(1)
         if is_inside.any() and iou(window[None], scene.boxes[is_inside]).max() >= least:
@@ -156,7 +157,7 @@ def _cropped(scene: _Scene, window: np.ndarray, is_inside: np.ndarray) -> _Scene
     sides = np.array(scene.image.shape[:2] * 2)
     top, left, bottom, right = np.round(window * sides).astype(int)
     bottom, right = max(bottom, top + 1), max(right, left + 1)
-    corner, extent = np.float32([top, left] * 2), np.float32([bottom - top, right - left] * 2)
+    corner, extent = np.array([top, left] * 2), np.array([bottom - top, right - left] * 2)
     boxes = np.clip((scene.boxes[is_inside] * sides - corner) / extent, 0, 1).astype(np.float32)
     return _Scene(scene.image[top:bottom, left:right], boxes, scene.classes[is_inside])
 

@@ -35,7 +35,7 @@ class ImageFolder:
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         path, label = self.files[i]
-        return {"image": read_image(path), "label": np.int32(label)}
+        return {"image": read_image(path), "label": np.array(label, np.int32)}
 
 
 def read_image(path) -> np.ndarray:

@@ -63,7 +63,7 @@ def read_annotation(path) -> dict[str, np.ndarray]:
     pixels = np.array([box for _, box, _ in objects], np.float32).reshape(-1, 4)
     pixels[:, :2] -= 1  # the kit counts pixels from 1 and includes the last one
     return {
-        "boxes": pixels / np.float32([height, width, height, width]),
+        "boxes": pixels / np.array([height, width, height, width], np.float32),
         "classes": np.array([label for label, _, _ in objects], np.int32),
         "is_difficult": np.array([difficult for _, _, difficult in objects], bool),
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,14 +40,14 @@ class ConvBn(nn.Module):
         return getattr(jax.nn, self.activation)(x) if self.activation else x
 
 
-def max_pool(x: Array, window: int = 2, stride: int = 2, padding="VALID") -> Array:
+def max_pool(x: Array, window: int = 2, stride: int = 2, padding: Any = "VALID") -> Array:
     return nn.max_pool(x, (window, window), (stride, stride), padding)
 
 
 def avg_pool(x: Array, window: int = 3, stride: int = 1) -> Array:
     """Padded at every side so that stride 1 keeps the size; padding does not count."""
     pad = (window - 1) // 2
-    padding = ((pad, pad), (pad, pad))
+    padding: Any = ((pad, pad), (pad, pad))
     return nn.avg_pool(x, (window, window), (stride, stride), padding, count_include_pad=False)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-VARIANCES = np.float32([0.1, 0.1, 0.2, 0.2])  # of centre and log size
+VARIANCES = np.array([0.1, 0.1, 0.2, 0.2], np.float32)  # of centre and log size
 MATCH = 0.5  # least overlap of a default box that stands for a true one
 
 

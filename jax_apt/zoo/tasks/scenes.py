@@ -1,12 +1,12 @@
 """Scenes drawn from real pen strokes: scikit-learn's digits, turned, sheared, scaled, coloured, cluttered.
 
-All scenes of a batch are drawn at once. A training epoch draws one scene around each training digit; test
+All scenes of a batch are drawn at once. A training epoch draws scenes around each training digit; test
 scenes use test digits alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ Rng = np.random.Generator
 STROKE = 8  # pixels along a side of a stored digit
 CONTRAST = 0.5  # least distance of a digit's colour from the background's, in some channel
 DARK = 0.4  # brightest background; strokes of both polarities need far longer training
+EPOCH_COPIES = 3  # scenes around each training digit in an epoch
 OPAQUE = 0.3  # share of ink at which a pixel belongs to the digit
 
 
@@ -80,7 +81,8 @@ def load(seed: int, style: Style, copies: int, as_example: Callable) -> Dataset:
     def augment(strokes, labels, rng):
         return as_example(draw(strokes, labels, style, rng), labels)
 
-    test, test_labels = np.concatenate([test] * copies), np.concatenate([test_labels] * copies)
+    train, train_labels = (np.concatenate([array] * EPOCH_COPIES) for array in (train, train_labels))
+    test, test_labels = (np.concatenate([array] * copies) for array in (test, test_labels))
     examples = augment(test, test_labels, np.random.default_rng(0))
     return Dataset(train, train_labels, *examples, augment, is_augmented_by_batch=True)
 
@@ -132,7 +134,7 @@ def _place(ink: np.ndarray, centers: np.ndarray, style: Style, rng: Rng) -> np.n
     count = len(ink)
     angle = rng.uniform(-style.turn, style.turn, count)
     shear = rng.uniform(-style.shear, style.shear, count)
-    scale = np.exp(rng.uniform(*np.log(style.scale), count))
+    scale = np.exp(rng.uniform(np.log(style.scale[0]), np.log(style.scale[1]), count))
     stretch = np.exp(rng.uniform(-0.15, 0.15, count))
     cos, sin, one, zero = np.cos(angle), np.sin(angle), np.ones(count), np.zeros(count)
     matrix = _matrices(cos, -sin, sin, cos) @ _matrices(one, shear, zero, one)
@@ -143,7 +145,7 @@ def _place(ink: np.ndarray, centers: np.ndarray, style: Style, rng: Rng) -> np.n
     return _sample(ink, source.astype(np.float32)).reshape(count, style.size, style.size)
 
 
-def _matrices(a, b, c, d) -> np.ndarray:
+def _matrices(a: Any, b: Any, c: Any, d: Any) -> np.ndarray:
     return np.stack([np.stack([a, b], -1), np.stack([c, d], -1)], -2)
 
 
@@ -166,7 +168,7 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> np.ndarr
     return canvas * (1 - opacity) + color * opacity
 
 
-def _bounds(is_inside: np.ndarray) -> np.ndarray:
+def _bounds(is_inside: Any) -> np.ndarray:
     """Tight boxes (N, 4) around masks (N, size, size), as parts of the side; zeros around nothing."""
     size = is_inside.shape[1]
     edges = []

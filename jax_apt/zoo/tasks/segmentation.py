@@ -19,7 +19,7 @@ def load(seed: int) -> Dataset:
     return scenes.load(seed, STYLE, copies=2, as_example=lambda s, labels: (s.images, s.masks))
 
 
-def enlarge(logits: Array, size: tuple[int, int]) -> Array:
+def enlarge(logits: Array, size: tuple[int, ...]) -> Array:
     """Scores (batch, h, w, classes) of every few pixels, bilinearly at all pixels."""
     shape = (logits.shape[0], *size, logits.shape[-1])
     return jax.image.resize(logits, shape, "bilinear")
@@ -47,7 +47,7 @@ SEGMENTATION = Task(
     kind="segmentation",
     metric="mean IoU",
     networks=("deeplab-largefov",),
-    recipe=Recipe(epochs=30, batch_size=32, learning_rate=1e-3, warmup=0.05),
+    recipe=Recipe(epochs=15, batch_size=32, learning_rate=3e-3, warmup=0.05),
     load=load,
     outputs=CLASSES,
     loss=pixel_cross_entropy,

@@ -44,10 +44,10 @@ class Dataset:
         order = rng.permutation(len(self))
         examples = take((self.train_inputs, self.train_labels), order)
         if not self.is_augmented_by_batch:
-            examples = self.augment(*examples, rng)
+            examples = self.augment(examples[0], examples[1], rng)
         for start in range(0, len(order) - size + 1, size):
-            batch = take(examples, slice(start, start + size))
-            yield self.augment(*batch, rng) if self.is_augmented_by_batch else batch
+            inputs, labels = take(examples, slice(start, start + size))
+            yield self.augment(inputs, labels, rng) if self.is_augmented_by_batch else (inputs, labels)
 
 
 def take(tree: Any, index) -> Any:
