@@ -83,10 +83,9 @@ def test_errors_are_measured_and_correlated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(observations, "_score_with_one_gradient", score)
     result = observations.correlate_errors("mlp", QUICK, lambda _: None, widths=(2, 4, 8))
-    assert len(result["points"]) == 9 and set(scores) == {
-        (f"Dense_{i}", b) for i in range(3) for b in (2, 4, 8)
-    }
-    for layer in ("Dense_0", "Dense_1", "Dense_2"):
+    layers = [f"Dense_{i}" for i in range(3)]
+    assert len(result["points"]) == 9 and set(scores) == {(x, bits) for x in layers for bits in (2, 4, 8)}
+    for layer in layers:
         values = [p["elementwise"] for p in result["points"] if p["layer"] == layer]
         assert values[0] > values[1] > values[2] > 0
     assert result["rank_correlation"]["elementwise"] > 0.8

@@ -1,7 +1,7 @@
 """What the published recipes do to images before a network sees them. Images are uint8 (H, W, 3)."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -147,13 +147,13 @@ def _crop_around_objects(scene: _Scene, rng: Rng) -> _Scene:
         top, left = rng.uniform(0, 1 - h), rng.uniform(0, 1 - w)
         window = np.array([top, left, top + h, left + w])
         centre = (scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2
-        is_inside = ((centre > window[:2]) & (centre < window[2:])).all(1)
+        is_inside = np.all((centre > window[:2]) & (centre < window[2:]), axis=1)
         if is_inside.any() and iou(window[None], scene.boxes[is_inside]).max() >= least:
             return _cropped(scene, window, is_inside)
     return scene
 
 
-def _cropped(scene: _Scene, window: np.ndarray, is_inside: np.ndarray) -> _Scene:
+def _cropped(scene: _Scene, window: np.ndarray, is_inside: Any) -> _Scene:
     sides = np.array(scene.image.shape[:2] * 2)
     top, left, bottom, right = np.round(window * sides).astype(int)
     bottom, right = max(bottom, top + 1), max(right, left + 1)

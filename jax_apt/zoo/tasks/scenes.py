@@ -83,8 +83,8 @@ def load(seed: int, style: Style, copies: int, as_example: Callable) -> Dataset:
 
     train, train_labels = (np.concatenate([array] * EPOCH_COPIES) for array in (train, train_labels))
     test, test_labels = (np.concatenate([array] * copies) for array in (test, test_labels))
-    examples = augment(test, test_labels, np.random.default_rng(0))
-    return Dataset(train, train_labels, *examples, augment, is_augmented_by_batch=True)
+    inputs, labels = augment(test, test_labels, np.random.default_rng(0))
+    return Dataset(train, train_labels, inputs, labels, augment, is_augmented_by_batch=True)
 
 
 # Layers of a scene
