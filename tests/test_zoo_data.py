@@ -1,6 +1,6 @@
 """Readers on small files in the true formats, streams that resume, and trainings that go on."""
 
-import functools
+import json
 import os
 import pathlib
 import pickle
@@ -21,7 +21,8 @@ from jax_apt.zoo.data.parallel_text import ParallelText, build_vocabulary
 from jax_apt.zoo.data.pascal_voc import VocDetection, VocSegmentation
 from jax_apt.zoo.data.recipes import RECIPES
 from jax_apt.zoo.data.training import Options, train
-from jax_apt.zoo.networks import NETWORKS
+from jax_apt.zoo.networks import NETWORKS, Network
+from jax_apt.zoo.networks.resnet import ResNet
 
 pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
 
@@ -308,61 +309,61 @@ def test_warmup_is_that_of_its_formula():
 # Training
 
 
-def test_a_training_goes_on_where_it_stopped(tmp_path):
+def tiny(outputs):
+    return ResNet((1,), False, outputs, channels=8, is_stem_strided=False)
+
+
+def options(data, out, **others):
+    common = {"recipe": "resnet18-cifar10", "size": "small", "batch_size": 8, "backend": "xla"}
+    return Options(data=data, out=out, **(common | others))
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A folder with small CIFAR files, to be learnt by a tiny network."""
     write_cifar(tmp_path, True)
-    options = functools.partial(
-        Options,
-        recipe="resnet18-cifar10",
-        data=tmp_path,
-        size="small",
-        batch_size=8,
-        backend="xla",
-        save_every=3,
-    )
-    whole = train(options(out=tmp_path / "whole", epochs=2), print)
+    monkeypatch.setitem(NETWORKS, "resnet18", Network(tiny))
+    return tmp_path
+
+
+def test_a_training_goes_on_where_it_stopped(cifar):
+    whole = train(options(cifar, cifar / "whole", epochs=2), print)
+
+    def interrupt(_):
+        raise RuntimeError("interrupted")  # after the first epoch, step 5; the checkpoint is of step 3
+
     with pytest.raises(RuntimeError, match="interrupted"):
-        train(options(out=tmp_path / "parts", epochs=2), interrupt)
-    again = train(options(out=tmp_path / "parts", epochs=2), print)
+        train(options(cifar, cifar / "parts", epochs=2, save_every=3), interrupt)
+    again = train(options(cifar, cifar / "parts", epochs=2, save_every=3), print)
     assert whole["steps"] == again["steps"] == 10
     assert again["losses"][-1] == pytest.approx(whole["losses"][-1], rel=1e-6)
     assert again["report"] == whole["report"]
-    assert 0 <= again["score"] <= 100
-
-
-def interrupt(_):
-    """Called after the first epoch, step 5; the last checkpoint is that of step 3."""
-    raise RuntimeError("interrupted")
+    assert whole["report"]["layers"] and 0 <= again["score"] <= 100
 
 
 TWO_DEVICES = """
-import sys
+import json, pathlib, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from jax_apt.zoo.data.training import Options, train
+sys.path.insert(0, sys.argv[1])
+import test_zoo_data as own
+own.NETWORKS["resnet18"] = own.Network(own.tiny)
 assert jax.device_count() == 2
-options = Options(recipe="resnet18-cifar10", data={data!r}, out={out!r}, size="small", batch_size=8, epochs=1,
-                  backend="xla")
-print(train(options, lambda line: None)["losses"])
+folder = pathlib.Path(sys.argv[2])
+result = own.train(own.options(folder, folder / "two", epochs=1), lambda line: None)
+print(json.dumps({"losses": result["losses"], "report": result["report"]}))
 """
 
 
-def test_two_devices_train_as_one(tmp_path):
-    write_cifar(tmp_path, True)
-    options = Options(
-        recipe="resnet18-cifar10",
-        data=tmp_path,
-        out=tmp_path / "one",
-        size="small",
-        batch_size=8,
-        epochs=1,
-        backend="xla",
-    )
-    one = train(options, print)["losses"]
-    code = TWO_DEVICES.format(data=str(tmp_path), out=str(tmp_path / "two")).replace(
-        f"out={str(tmp_path / 'two')!r}", f"out=__import__('pathlib').Path({str(tmp_path / 'two')!r})"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_two_devices_train_as_one(cifar):
+    one = train(options(cifar, cifar / "one", epochs=1), print)
+    command = [sys.executable, "-c", TWO_DEVICES, str(pathlib.Path(__file__).parent), str(cifar)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    two = eval(process.stdout)
-    assert two == pytest.approx(one, rel=1e-3)
-    assert pathlib.Path(tmp_path / "two").exists()
+    two = json.loads(process.stdout)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    bits = [
+        [[t["bits"] for t in layer["tensors"].values()] for layer in run["report"]["layers"]]
+        for run in (one, two)
+    ]
+    assert bits[0] == bits[1]
