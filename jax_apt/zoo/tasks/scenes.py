@@ -140,7 +140,7 @@ def _place(ink: np.ndarray, centers: np.ndarray, style: Style, rng: Rng) -> np.n
     matrix = _matrices(cos, -sin, sin, cos) @ _matrices(one, shear, zero, one)
     matrix = matrix @ _matrices(scale * stretch, zero, zero, scale / stretch)
     inverse = np.linalg.inv(matrix)
-    pixels = np.stack(np.mgrid[: style.size, : style.size], axis=-1).reshape(1, -1, 2)
+    pixels = np.indices((style.size, style.size)).reshape(2, -1).T[None]
     source = (pixels - centers[:, None]) @ inverse.transpose(0, 2, 1) + (STROKE - 1) / 2
     return _sample(ink, source.astype(np.float32)).reshape(count, style.size, style.size)
 
