@@ -160,7 +160,7 @@ def draw_ranges(entry: dict[str, Any], path: pathlib.Path) -> None:
     by_layer.boxplot(ranges, whis=(5, 95), showfliers=False)
     _color_by_width(by_layer, ranges, history)
     by_layer.set(xlabel="layer, in order", ylabel="log2 of the range of dY")
-    by_layer.set_title("ranges differ by layer (box: quartiles, whiskers: 5 to 95 % of steps)", size=11)
+    by_layer.set_title("by layer (whiskers: 5 to 95 % of steps)", size=11)
     ticks = np.unique(np.linspace(1, len(ranges), min(len(ranges), 15)).round().astype(int))
     by_layer.set_xticks(ticks, ticks)
     changes = np.abs(np.diff(np.array(ranges), axis=1)).mean(0)
@@ -169,7 +169,7 @@ def draw_ranges(entry: dict[str, Any], path: pathlib.Path) -> None:
     smooth = changes[:usable].reshape(-1, window).mean(1)
     over_time.step(np.arange(len(smooth)) * window, smooth, where="post")
     over_time.set(xlabel="training step", ylabel="|change of log2 range| per step")
-    over_time.set_title(f"ranges move early, then settle (mean over {len(ranges)} layers)", size=11)
+    over_time.set_title(f"over time (mean over {len(ranges)} layers)", size=11)
     figure.suptitle(f"{entry['name']} on {entry['task']}: ranges of gradients, seed 0")
     figure.savefig(path)
 
