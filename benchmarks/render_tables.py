@@ -1,8 +1,8 @@
 """Writes the markdown tables of all results, one set of columns for each processor.
 
-    python benchmarks/render_tables.py               prints them
-    python benchmarks/render_tables.py README.md     replaces what stands between the markers
-                                                     <!-- benchmarks:begin --> and <!-- benchmarks:end -->
+python benchmarks/render_tables.py               prints them
+python benchmarks/render_tables.py README.md     replaces what stands between the markers
+                                                 <!-- benchmarks:begin --> and <!-- benchmarks:end -->
 """
 
 import pathlib
@@ -82,9 +82,8 @@ def _plain(documents: dict[str, dict]) -> dict[str, dict]:
 def render(everything: dict[str, dict[str, dict]]) -> str:
     """The summary of all processors, then how each was measured."""
     columns, about = {}, []
-    for key, documents in everything.items():
-        documents = _plain(documents)
-        if documents:
+    for key, every in everything.items():
+        if documents := _plain(every):
             columns[key] = _means(documents) | _steps(documents) | _memory_and_adaptation(documents)
             about.append(_about(key, documents))
     labels = list(dict.fromkeys(label for cells in columns.values() for label in cells))

@@ -16,8 +16,8 @@ JAX_APT_EXPORT const char* jax_apt_isa() {
 
 JAX_APT_EXPORT const char* jax_apt_available_isas() { return AvailableIsas(); }
 
-// One product on the calling thread: `kind`, `geometry` and `formats` as in the custom call, planes one behind
-// the other. Returns null, or what is wrong.
+// One product on the calling thread: `kind`, `geometry` and `formats` as in the custom call, planes one
+// behind the other. Returns null, or what is wrong.
 JAX_APT_EXPORT const char* jax_apt_product_on_buffers(const char* isa, int kind, const int64_t* geometry,
                                                       const uint8_t* lhs, const uint8_t* rhs,
                                                       const int32_t* formats, float* out) {

@@ -7,7 +7,8 @@
 
 namespace jax_apt {
 
-// matrices, batch, in[3], out[3], window[3], stride[3], pad[3], dilation[3], groups, in channels, out channels.
+// matrices, batch, in[3], out[3], window[3], stride[3], pad[3], dilation[3], groups, in channels, out
+// channels.
 constexpr int64_t kGeometrySize = 5 + 6 * kSpace;
 
 struct Call {
@@ -22,8 +23,8 @@ struct Call {
     kind = static_cast<Kind>(kind_number);
     matrices = *numbers++;
     geometry.batch = *numbers++;
-    for (int64_t* field : {geometry.in, geometry.out, geometry.window, geometry.stride, geometry.pad,
-                           geometry.dilation})
+    for (int64_t* field :
+         {geometry.in, geometry.out, geometry.window, geometry.stride, geometry.pad, geometry.dilation})
       for (int d = 0; d < kSpace; ++d) field[d] = *numbers++;
     geometry.groups = numbers[0], geometry.in_channels = numbers[1], geometry.out_channels = numbers[2];
     return FindMistake();

@@ -155,9 +155,9 @@ inline void Transpose(const int16_t* in, int64_t pixels, int64_t channels, int16
 inline void Interleave(const uint8_t* const* row, int64_t columns, uint32_t* __restrict words) {
   const uint8_t *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
   for (int64_t c = 0; c < columns; ++c)
-    words[c] =
-        (r0[c] | static_cast<uint32_t>(r1[c]) << 8 | static_cast<uint32_t>(r2[c]) << 16 | static_cast<uint32_t>(r3[c]) << 24) ^
-        0x80808080u;
+    words[c] = (r0[c] | static_cast<uint32_t>(r1[c]) << 8 | static_cast<uint32_t>(r2[c]) << 16 |
+                static_cast<uint32_t>(r3[c]) << 24) ^
+               0x80808080u;
 }
 
 inline void Interleave(const int16_t* const* row, int64_t columns, uint32_t* __restrict words) {

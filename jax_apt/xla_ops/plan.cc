@@ -18,9 +18,7 @@ int64_t MaxCode(int bits) { return (int64_t{1} << (bits - 1)) - 1; }
 int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
 // Row-major position of a point.
-int64_t Linear(const int64_t* at, const int64_t* size) {
-  return (at[0] * size[1] + at[1]) * size[2] + at[2];
-}
+int64_t Linear(const int64_t* at, const int64_t* size) { return (at[0] * size[1] + at[1]) * size[2] + at[2]; }
 
 // The point after `at`, row-major; false after the last.
 bool Next(int64_t* at, const int64_t* size) {
@@ -298,8 +296,8 @@ class Planner {
           RoundUp(last->depth + depth, p.shape.depth_unit) <= most && CanGrow(depth, *last, most)) {
         last->depth += depth, last->pieces += 1;
         p.pieces.push_back({tap.rhs});
-        const int64_t grown = RoundUp(last->depth, p.shape.depth_unit) -
-                              RoundUp(last->depth - depth, p.shape.depth_unit);
+        const int64_t grown =
+            RoundUp(last->depth, p.shape.depth_unit) - RoundUp(last->depth - depth, p.shape.depth_unit);
         p.blocks.back().depth += grown, summed += grown;
         continue;
       }
@@ -402,7 +400,8 @@ class Planner {
     int64_t row_tasks = CeilDiv(tiles, most_tiles);
     const int64_t whole = CeilDiv(p.panels, most_panels) * g.groups;
     if (workers > 1) {  // rows first: a task on fewer panels reads its rows as often as one on all
-      const int64_t least = std::min<int64_t>(tiles, CeilDiv(wanted * tiles, std::max<int64_t>(all_tiles, 1)));
+      const int64_t least =
+          std::min<int64_t>(tiles, CeilDiv(wanted * tiles, std::max<int64_t>(all_tiles, 1)));
       if (tiles >= wanted * 4 || p.panels == 1) row_tasks = std::max(row_tasks, CeilDiv(least, whole));
     }
     const int64_t tiles_per_task = CeilDiv(tiles, row_tasks);

@@ -53,8 +53,8 @@ struct Block {  // of the depth: summed in int32
 
 struct Phase {  // pixels of the result that meet the same taps
   int first_block, blocks;
-  int64_t depth;       // of a panel, all blocks
-  int64_t rhs_bytes;   // where its panels begin
+  int64_t depth;      // of a panel, all blocks
+  int64_t rhs_bytes;  // where its panels begin
   int64_t panel_bytes;
   int64_t low[kSpace], high[kSpace];     // grid points that are pixels of the result
   int64_t scale[kSpace], shift[kSpace];  // pixel = point * scale + shift
@@ -62,10 +62,10 @@ struct Phase {  // pixels of the result that meet the same taps
 };
 
 struct RowRun {  // rows that lie `lhs_stride` apart
-  int64_t lhs;     // element of the first row's first
+  int64_t lhs;   // element of the first row's first
   int64_t rows;
-  int64_t place;   // image of the batch, or tap
-  int64_t tile;    // number of its first register block in the phase
+  int64_t place;  // image of the batch, or tap
+  int64_t tile;   // number of its first register block in the phase
 };
 
 struct Task {
@@ -78,8 +78,8 @@ struct Plan {
   Limbs lhs_limbs, rhs_limbs;
 
   // The image of lhs: grid point g of image i holds source pixel g * step + image_shift[i], or zero.
-  bool is_lhs_direct;    // a row-major matrix that is read where it is
-  bool is_lhs_channels;  // channels first
+  bool is_lhs_direct;            // a row-major matrix that is read where it is
+  bool is_lhs_channels;          // channels first
   int64_t grid[kSpace], points;  // points: batch * grid
   int64_t source[kSpace], step[kSpace], source_channels;
   std::vector<int64_t> image_shift;  // (images, kSpace)

@@ -32,7 +32,8 @@ enum class Kind {
 
 constexpr int kSpace = 3;  // spatial dimensions; those that a product lacks have size 1
 
-// x (batch, *in, in_channels), w (*window, in_channels / groups, out_channels), y (batch, *out, out_channels):
+// x (batch, *in, in_channels), w (*window, in_channels / groups, out_channels), y (batch, *out,
+// out_channels):
 //   y[n, o] = sum over taps t of x[n, o * stride + t * dilation - pad] . w[t]
 struct Geometry {
   int64_t batch;

@@ -18,8 +18,8 @@ namespace {
 //   lhs rows 16..31   tmm2  | tmm3                          tmm5
 //
 // tdpbusd adds products of unsigned and signed bytes to int32 without saturation, as vpdpbusd does, so the
-// same bound on the depth holds (see vnni_kernel.h). A segment's last tile may read past its end: the words of
-// rhs are zero there.
+// same bound on the depth holds (see vnni_kernel.h). A segment's last tile may read past its end: the words
+// of rhs are zero there.
 struct AmxKernel {
   using Lhs = uint8_t;
   using Rhs = int8_t;
@@ -37,8 +37,8 @@ struct AmxKernel {
 
   static void Leave() { _tile_release(); }
 
-  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs, int rows,
-                  bool is_first, int32_t* tile) {
+  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs,
+                  int rows, bool is_first, int32_t* tile) {
     if (rows > 16) return RunTiles<true>(lhs, stride, segments, count, rhs, is_first, tile);
     RunTiles<false>(lhs, stride, segments, count, rhs, is_first, tile);
   }

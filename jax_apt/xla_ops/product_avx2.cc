@@ -28,10 +28,11 @@ struct Avx2Kernel {
   static void Setup() {}
   static void Leave() {}
 
-  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs, int rows,
-                  bool is_first, int32_t* tile) {
+  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs,
+                  int rows, bool is_first, int32_t* tile) {
     // Rows that are not there repeat the last one; their sums are not read.
-    const int64_t r1 = rows > 1 ? stride : 0, r2 = rows > 2 ? 2 * stride : r1, r3 = rows > 3 ? 3 * stride : r2;
+    const int64_t r1 = rows > 1 ? stride : 0, r2 = rows > 2 ? 2 * stride : r1,
+                  r3 = rows > 3 ? 3 * stride : r2;
     const int64_t r4 = rows > 4 ? 4 * stride : r3, r5 = rows > 5 ? 5 * stride : r4;
     // Named sums: gcc 12 spills a tile that is held in an array.
     __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;

@@ -22,7 +22,8 @@ class Driver {
       : p(plan), product(product), scratch(scratch) {}
 
   void Run(Parallel& parallel) {
-    image_chunk = p.is_lhs_channels ? 4 * kPixelChunk : Max(kPixelChunk, kChunkBytes / Max(1, p.source_channels));
+    image_chunk =
+        p.is_lhs_channels ? 4 * kPixelChunk : Max(kPixelChunk, kChunkBytes / Max(1, p.source_channels));
     image_tasks = p.is_lhs_direct ? 0 : Images() * p.lhs_limbs.count * CeilDiv(p.points, image_chunk);
     parallel.Run(
         image_tasks + RhsTasks(),
@@ -96,7 +97,7 @@ class Driver {
     const int64_t chunks = CeilDiv(p.points, image_chunk), first = task % chunks * image_chunk;
     const int limb = static_cast<int>(task / chunks % p.lhs_limbs.count);
     const int64_t index = task / chunks / p.lhs_limbs.count, count = Min(image_chunk, p.points - first);
-    const Image image{product.lhs, p.grid, p.source, p.step, &p.image_shift[index * kSpace],
+    const Image image{product.lhs,      p.grid, p.source, p.step, &p.image_shift[index * kSpace],
                       p.source_channels};
     const Limb which = p.lhs_limbs.limb[limb];
     if (!p.is_lhs_channels)
@@ -216,8 +217,7 @@ class Driver {
       for (int i = 0; i < segment.pieces; ++i)
         ReadLimb(product.rhs, limb, start + c * p.rhs_lane_step + p.pieces[segment.first_piece + i].rhs, tap,
                  column + i * tap);
-      for (int64_t g = 0; g < padded / K::kGroup; ++g)
-        out[g * K::kNr + c] = Word(column + g * K::kGroup);
+      for (int64_t g = 0; g < padded / K::kGroup; ++g) out[g * K::kNr + c] = Word(column + g * K::kGroup);
     }
   }
 
@@ -262,11 +262,11 @@ class Driver {
     const Task& task = p.tasks[index];
     const Phase& phase = p.phases[task.phase];
     K::Setup();
-    for (int b = 0; b < phase.blocks; ++b)                            // blocks of the depth
-      for (int64_t panel = 0; panel < task.panels; ++panel) {         // panels of columns
+    for (int b = 0; b < phase.blocks; ++b)                     // blocks of the depth
+      for (int64_t panel = 0; panel < task.panels; ++panel) {  // panels of columns
         const Corrections corrections(*this, task, phase, task.first_panel + panel, b + 1 == phase.blocks);
         int run = FindRun(phase, task.first_tile);
-        for (int64_t tile = 0; tile < task.tiles; ++tile) {           // register blocks of rows
+        for (int64_t tile = 0; tile < task.tiles; ++tile) {  // register blocks of rows
           while (run + 1 < phase.first_run + phase.runs && p.runs[run + 1].tile <= task.first_tile + tile)
             ++run;
           const int64_t slot = p.is_single_block ? 0 : tile * task.panels + panel;
@@ -309,8 +309,8 @@ class Driver {
     }
   };
 
-  void MultiplyTile(const Task& task, const Phase& phase, int b, int64_t panel, const RowRun& run, int64_t row,
-                    Sums sums, const Corrections& corrections) const {
+  void MultiplyTile(const Task& task, const Phase& phase, int b, int64_t panel, const RowRun& run,
+                    int64_t row, Sums sums, const Corrections& corrections) const {
     const Block& block = p.blocks[phase.first_block + b];
     const bool is_first = b == 0 || p.blocks[phase.first_block + b - 1].is_last;
     const int64_t start = task.group * p.lhs_group_step + run.lhs + row * p.lhs_stride;
@@ -394,8 +394,8 @@ class Driver {
     const int64_t first = (phase.low[0] * p.grid[1] + phase.low[1]) * p.grid[2] + phase.low[2] + row;
     int64_t x = first % p.grid[2], y = first / p.grid[2] % p.grid[1], z = first / p.grid[2] / p.grid[1];
     for (int r = 0; r < rows; ++r) {
-      const bool is_pixel = x >= phase.low[2] && x <= phase.high[2] && y >= phase.low[1] &&
-                            y <= phase.high[1];
+      const bool is_pixel =
+          x >= phase.low[2] && x <= phase.high[2] && y >= phase.low[1] && y <= phase.high[1];
       const int64_t pixel = ((run.place * p.result[0] + z * phase.scale[0] + phase.shift[0]) * p.result[1] +
                              y * phase.scale[1] + phase.shift[1]) *
                                 p.result[2] +

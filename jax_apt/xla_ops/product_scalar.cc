@@ -21,8 +21,8 @@ struct ScalarKernel {
   static void Setup() {}
   static void Leave() {}
 
-  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs, int rows,
-                  bool is_first, int32_t* tile) {
+  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs,
+                  int rows, bool is_first, int32_t* tile) {
     for (int64_t i = 0; i < rows * kNr; ++i) tile[i] = is_first ? 0 : tile[i];
     for (int s = 0; s < count; ++s)
       for (int64_t k = 0; k < segments[s].depth; k += kGroup, rhs += kGroup * kNr)

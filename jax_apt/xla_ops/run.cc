@@ -49,8 +49,7 @@ std::vector<Plan> MakePlans(const Kernels& kernels, const std::vector<Product>& 
     return p.lhs.bits == products[0].lhs.bits && p.rhs.bits == products[0].rhs.bits;
   };
   if (std::all_of(products.begin(), products.end(), is_alike)) return plans;
-  for (size_t i = 1; i < products.size(); ++i)
-    plans.push_back(MakePlan(products[i], kernels.shape, workers));
+  for (size_t i = 1; i < products.size(); ++i) plans.push_back(MakePlan(products[i], kernels.shape, workers));
   return plans;
 }
 

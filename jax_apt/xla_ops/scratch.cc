@@ -65,9 +65,8 @@ Scratch::~Scratch() {
     Kept().push_back(dropped);
     dropped = {nullptr, 0};
     if (Kept().size() > kMostBlocks) {
-      const auto smallest = std::min_element(Kept().begin(), Kept().end(), [](const Block& a, const Block& b) {
-        return a.bytes < b.bytes;
-      });
+      const auto smallest = std::min_element(
+          Kept().begin(), Kept().end(), [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
       dropped = *smallest;
       Kept().erase(smallest);
     }

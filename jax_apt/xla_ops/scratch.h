@@ -1,5 +1,5 @@
-// Scratch memory of one call. A few blocks are kept between calls: fresh ones would cost a page fault for every
-// 4 KiB at each call, as long as a small product itself.
+// Scratch memory of one call. A few blocks are kept between calls: fresh ones would cost a page fault for
+// every 4 KiB at each call, as long as a small product itself.
 #ifndef JAX_APT_XLA_OPS_SCRATCH_H_
 #define JAX_APT_XLA_OPS_SCRATCH_H_
 

@@ -53,8 +53,8 @@ struct VnniKernel {
   static void Setup() {}
   static void Leave() {}
 
-  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs, int rows,
-                  bool is_first, int32_t* tile) {
+  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs,
+                  int rows, bool is_first, int32_t* tile) {
     RunRows<kMaxRows>(lhs, stride, segments, count, rhs, rows, is_first, tile);
   }
 
@@ -63,8 +63,7 @@ struct VnniKernel {
   static void RunRows(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs,
                       int rows, bool is_first, int32_t* tile) {
     if constexpr (kRows > 1)
-      if (rows < kRows)
-        return RunRows<kRows - 1>(lhs, stride, segments, count, rhs, rows, is_first, tile);
+      if (rows < kRows) return RunRows<kRows - 1>(lhs, stride, segments, count, rhs, rows, is_first, tile);
     RunVnniTile<Vector, kRows>(lhs, stride, segments, count, rhs, is_first, tile);
   }
 };

@@ -19,9 +19,8 @@ constexpr int64_t kSerialValues = 1 << 15;  // quantized on the calling thread a
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument(message); }
 
 Team MakeTeam(ffi::ThreadPool& pool, bool is_serial) {
-  return Team(is_serial ? 1 : static_cast<int>(pool.num_threads()), [&pool](std::function<void()> task) {
-    pool.Schedule([task = std::move(task)] { task(); });
-  });
+  return Team(is_serial ? 1 : static_cast<int>(pool.num_threads()),
+              [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); });
 }
 
 ffi::Error FindIsa(const char* op, std::string_view isa, const Kernels** kernels) {
@@ -113,8 +112,15 @@ ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
   }
   const int64_t count = size / batch, chunk = std::min<int64_t>(count, kSerialValues);
   std::vector<std::atomic<int64_t>> bad(batch);
-  QuantizeTasks tasks{*kernels, x.typed_data(), formats.typed_data(), planes->typed_data(), count,
-                      limbs,    chunk,          (count + chunk - 1) / chunk, bad.data()};
+  QuantizeTasks tasks{*kernels,
+                      x.typed_data(),
+                      formats.typed_data(),
+                      planes->typed_data(),
+                      count,
+                      limbs,
+                      chunk,
+                      (count + chunk - 1) / chunk,
+                      bad.data()};
   MakeTeam(pool, size <= kSerialValues).Run(batch * tasks.chunks, QuantizeTasks::Run, &tasks);
   for (int64_t b = 0; b < batch; ++b) nonfinite->typed_data()[b] = static_cast<float>(bad[b].load());
   return ffi::Error::Success();
