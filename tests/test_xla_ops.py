@@ -235,6 +235,11 @@ CONVOLUTIONS = {
     "crop_and_stride": convolution((9, 8), 2, 3, (3, 2), pad=(-2, -3), stride=(2, 2)),
     "groups": convolution((5, 5), 6, 4, (3, 3), groups=2, pad=(1, 1), batch=2),
     "depthwise": convolution((6, 5), 35, 70, (3, 3), groups=35, pad=(1, 1), stride=(2, 1)),
+    "depthwise_alone": convolution((6, 7), 70, 70, (3, 3), groups=70, pad=(1, 1), batch=2),
+    "depthwise_stride": convolution(
+        (9, 8), 64, 64, (3, 2), groups=64, pad=(2, -1), stride=(2, 3), dilation=(1, 2), batch=2
+    ),
+    "depthwise_3d": convolution((4, 3, 5), 3, 3, (2, 2, 3), groups=3, pad=(1, 0, 1), stride=(1, 2, 1)),
     "3d": convolution((4, 3, 5), 2, 3, (2, 1, 3), pad=(1, 0, 1), batch=2),
     "nothing_left": convolution((2, 2), 3, 4, (3, 3), batch=2),
     "unequal_padding": convolution((5, 7), 3, 2, (4, 4), pad=(0, 3), pad_after=(3, 0)),
@@ -271,6 +276,8 @@ def draw_geometry(draw):
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     channels = groups * draw(st.sampled_from([0, 1, 2, 3, 4, 5, 16, 17, 33, 64, 70]))
     features = groups * draw(st.sampled_from([1, 2, 3, 8, 31, 32, 33, 65]))
+    if draw(st.booleans()) and channels:  # depthwise
+        groups = features = channels
     shape = {"batch": draw(st.integers(1, 3)), "matrices": draw(st.integers(1, 2)), "groups": groups}
     if dims == 0:
         return convolution(draw(st.integers(0, 90)), channels, features, 1, **shape)
@@ -334,6 +341,17 @@ def test_deep_products_spill_before_they_overflow(isa, kind, bits, depth):
     total = depth * a * b
     expected = helpers.float32_oracle(np.array([[total, -total, total], [-total, total, -total]], object))
     np.testing.assert_array_equal(out.reshape(out_shape[-2:]), expected)
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("bits", [(8, 8), (16, 8), (16, 16), (24, 8), (24, 24)])
+def test_depthwise_sums_do_not_overflow(isa, kind, bits):
+    """Rows of 600 pixels and 64 taps, all codes extreme."""
+    geometry = convolution((8, 600), 2, 2, (8, 8), groups=2, pad=(4, 4))
+    lhs_shape, rhs_shape, _ = operand_shapes(kind, geometry)
+    lhs, rhs = np.full(lhs_shape, 2 ** (bits[0] - 1) - 1), np.full(rhs_shape, 1 - 2 ** (bits[1] - 1))
+    check(isa, kind, geometry, lhs, rhs, (bits[0], 0, bits[1], 0))
 
 
 @each_isa

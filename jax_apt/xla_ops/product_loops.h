@@ -443,8 +443,11 @@ class Driver {
   }
 };
 
+#include "depthwise_loops.h"
+
 template <class K>
 void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
+  if (plan.is_depthwise) return RunDepthwise(plan, product, scratch, parallel);
   Driver<K>(plan, product, scratch).Run(parallel);
 }
 
