@@ -1,6 +1,6 @@
 """Claim: fixed-point matrix products, float32 in and out, are exact and faster than float32's.
 
-    python benchmarks/gemm_is_faster_than_float32.py [--help]
+python benchmarks/gemm_is_faster_than_float32.py [--help]
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Writes the markdown tables of all results, one set of columns for each processor.
 
-    python benchmarks/render_tables.py               prints them
-    python benchmarks/render_tables.py README.md     replaces what stands between the markers
-                                                     <!-- benchmarks:begin --> and <!-- benchmarks:end -->
+python benchmarks/render_tables.py               prints them
+python benchmarks/render_tables.py README.md     replaces what stands between the markers
+                                                 <!-- benchmarks:begin --> and <!-- benchmarks:end -->
 """
 
 import pathlib

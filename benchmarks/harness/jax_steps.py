@@ -108,9 +108,7 @@ def _float_step(module, case: dict):
 def _quantized_by_qwix(module, case: dict):
     import qwix
 
-    rule = qwix.QtRule(
-        module_path=".*", weight_qtype=jnp.int8, act_qtype=jnp.int8, bwd_qtype=jnp.int8
-    )
+    rule = qwix.QtRule(module_path=".*", weight_qtype=jnp.int8, act_qtype=jnp.int8, bwd_qtype=jnp.int8)
     return qwix.quantize_model(module, qwix.QtProvider([rule]))
 
 

@@ -107,5 +107,3 @@ def must_be_exact(document: dict) -> None:
     ]
     if wrong:
         raise SystemExit("not exact:\n" + "\n".join(wrong))
-
-
