@@ -82,8 +82,8 @@ def _plain(documents: dict[str, dict]) -> dict[str, dict]:
 def render(everything: dict[str, dict[str, dict]]) -> str:
     """The summary of all processors, then how each was measured."""
     columns, about = {}, []
-    for key, documents in everything.items():
-        documents = _plain(documents)
+    for key, every in everything.items():
+        documents = _plain(every)
         if documents:
             columns[key] = _means(documents) | _steps(documents) | _memory_and_adaptation(documents)
             about.append(_about(key, documents))
