@@ -83,7 +83,7 @@ def norm_if(is_normalized: bool, train: bool) -> Callable[..., nn.Module] | None
     """Batch normalization for `vgg_block`, or None.
 
     The published VGG networks have none: they start from a shallower network, or from weights that have
-    learnt ImageNet. From random values on a small task they stay at chance.
+    learnt ImageNet. The small presets start from random values and are normalized instead.
     """
     return partial(BatchNorm, use_running_average=not train) if is_normalized else None
 
