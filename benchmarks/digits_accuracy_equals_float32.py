@@ -17,6 +17,8 @@ import subprocess
 import sys
 from typing import Any
 
+from harness.results import save
+
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / "results"
 BENCHMARK = pathlib.Path(__file__).stem
@@ -57,14 +59,7 @@ def _save(runs: dict[str, dict[str, Any]]) -> None:
         "machine": about,
         "modes": {mode: {key: run[key] for key in kept} for mode, run in runs.items()},
     }
-    path = RESULTS / _cpu_key(about["cpu"]) / f"{BENCHMARK}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _cpu_key(cpu: str) -> str:
-    """Name of a folder for a processor's results."""
-    return re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+    save(BENCHMARK, document)
 
 
 def newest() -> dict[str, Any]:
