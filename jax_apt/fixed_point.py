@@ -10,6 +10,7 @@ container, which the symmetric range never uses, marks a value that was NaN or i
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -86,6 +87,25 @@ def quantize(x: Array, bits, exponent, dtype=jnp.int32) -> Array:
     """
     codes = jnp.where(jnp.isfinite(x), rounded(x, bits, exponent), jnp.float32(marker(dtype)))
     return codes.astype(dtype)
+
+
+def quantize_stochastic(x: Array, bits, exponent, key: Array, dtype=jnp.int32) -> Array:
+    """Like `quantize`, but up or down with the probabilities that make the expected code x / 2**exponent.
+
+    The fraction is exact in float32, and is compared with a uniform number of 24 bits, so the bias is
+    below 2**-24 of a step. Values outside the range clip as ever.
+
+    Args:
+      x, bits, exponent, dtype: as `quantize` takes them.
+      key: a JAX random key.
+    """
+    scaled = x * power_of_two(-exponent)
+    below = jnp.floor(scaled)
+    uniform = (jax.random.bits(key, x.shape, jnp.uint32) >> 8).astype(jnp.float32) * 2.0**-24
+    codes = below + (uniform < scaled - below).astype(jnp.float32)
+    limit = jnp.asarray(max_code(bits), jnp.float32)
+    codes = jnp.clip(codes, -limit, limit)
+    return jnp.where(jnp.isfinite(x), codes, jnp.float32(marker(dtype))).astype(dtype)
 
 
 def rounded(x: Array, bits, exponent) -> Array:
