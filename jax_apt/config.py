@@ -4,6 +4,7 @@ Source of every default: Zhang et al., arXiv 1911.00361, and the published code 
 """
 
 import math
+import numbers
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -19,13 +20,20 @@ MEASURES: tuple[str, ...] = ("mean_magnitude", "elementwise", "resolution")
 
 
 def check_bits(bits) -> None:
-    is_int = isinstance(bits, int) and not isinstance(bits, bool)
-    if not is_int or not MIN_BITS <= bits <= MAX_BITS:
+    if not _is_int(bits) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits must be an int in {MIN_BITS}..{MAX_BITS}, got {bits!r}")
 
 
 def check_backend(backend) -> None:
     _check_choice("backend", backend, BACKENDS)
+
+
+def check_measure(measure) -> None:
+    _check_choice("measure", measure, MEASURES)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_choice(name, value, allowed):
@@ -34,8 +42,10 @@ def _check_choice(name, value, allowed):
 
 
 def _check_range(name, value, low, high):
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        limits = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be a finite number {limits}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +79,14 @@ class Config:
 
     def __post_init__(self):
         _check_choice("mode", self.mode, MODES)
-        _check_choice("measure", self.measure, MEASURES)
+        check_measure(self.measure)
         _check_range("alpha", self.alpha, 0.0, 1.0)
         _check_range("initial_fraction", self.initial_fraction, 0.0, 1.0)
         for name in ("beta", "gamma", "delta", "threshold"):
             _check_range(name, getattr(self, name), 0.0, math.inf)
-        if not isinstance(self.steps_per_epoch, int) or self.steps_per_epoch < 1:
+        if not _is_int(self.steps_per_epoch) or self.steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be an int >= 1, got {self.steps_per_epoch!r}")
+        object.__setattr__(self, "steps_per_epoch", int(self.steps_per_epoch))
 
     @property
     def initial_steps(self) -> int:
@@ -124,8 +135,13 @@ class Rule:
         example `(1, 1, None, None)`; None: any. Products of two activations have no weight.
 
     Raises:
+<<<<<<< HEAD
       ValueError: `match` is no regular expression, a width is outside 2..24, `gemms` is empty or names
         another product, or the rounding or the backend is unknown.
+=======
+      ValueError: `match` is no regular expression, a width is outside 2..24, the backend is unknown, or
+        `quantize` is neither True nor False.
+>>>>>>> main
     """
 
     match: str = ""
@@ -141,19 +157,24 @@ class Rule:
 
     def __post_init__(self):
         try:
-            re.compile(self.match)
+            re.search(self.match, "")  # compiles it, and refuses a pattern of bytes
         except (re.error, TypeError) as error:
             raise ValueError(f"Rule match {self.match!r} is no regular expression: {error}") from None
         for widths in (self.acts, self.weights, self.grads):
             candidates(widths)
         if self.backend is not None:
             check_backend(self.backend)
+<<<<<<< HEAD
         _check_choice("rounding", self.rounding, ROUNDINGS)
         if isinstance(self.gemms, str) or not self.gemms or not set(self.gemms) <= set(GEMMS):
             raise ValueError(
                 f"gemms must be a tuple of {', '.join(GEMMS)}, at least one; got {self.gemms!r} "
                 "(quantize=False leaves all three in float)"
             )
+=======
+        if not isinstance(self.quantize, bool):
+            raise ValueError(f"quantize must be True or False, got {self.quantize!r}")
+>>>>>>> main
 
     def hits(self, name: str, primitive: str, weight_shape: tuple[int, ...] | None) -> bool:
         """Whether the rule is for a layer of this name, primitive and shape of weight."""

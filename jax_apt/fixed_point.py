@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_apt.config import check_bits
+
 MIN_EXPONENT, MAX_EXPONENT = -126, 126  # both 2**e and 2**-e are normal float32 numbers
 
 
@@ -58,9 +60,13 @@ def exponent_for(max_abs: Array, bits) -> Array:
     Returns:
       int32 exponents, clipped to -126..126.
 
+    Raises:
+      ValueError: `bits` is an int outside 2..24.
+
     >>> int(exponent_for(jnp.float32(127.0), 8)), int(exponent_for(jnp.float32(127.5), 8))
     (0, 1)
     """
+    _check_static_bits(bits)
     pattern = lax.bitcast_convert_type(jnp.asarray(max_abs, jnp.float32), jnp.int32)
     octave = jnp.right_shift(pattern, 23) - 127  # max_abs = (1 + fraction / 2**23) * 2**octave
     fraction = jnp.bitwise_and(pattern, (1 << 23) - 1)
@@ -82,13 +88,23 @@ def quantize(x: Array, bits, exponent, dtype=jnp.int32) -> Array:
     Returns:
       Codes of dtype `dtype` and the shape of `x`; NaN and infinities give `marker(dtype)`.
 
+    Raises:
+      ValueError: `bits` is an int outside 2..24, or more than `dtype` holds.
+      TypeError: `x` is not float32.
+
     >>> quantize(jnp.array([0.5, 1.5, 2.5, 999.0]), 8, 0).tolist()
     [0, 2, 2, 127]
     """
+    _check_static_bits(bits)
+    if isinstance(bits, int) and bits > jnp.iinfo(dtype).bits:
+        raise ValueError(f"codes of {bits} bits do not fit into {jnp.dtype(dtype)}")
+    if jnp.result_type(x) != jnp.float32:
+        raise TypeError(f"quantize takes float32, got {jnp.result_type(x)}")
     codes = jnp.where(jnp.isfinite(x), rounded(x, bits, exponent), jnp.float32(marker(dtype)))
     return codes.astype(dtype)
 
 
+<<<<<<< HEAD
 def quantize_stochastic(x: Array, bits, exponent, key: Array, dtype=jnp.int32) -> Array:
     """Like `quantize`, but up or down with the probabilities that make the expected code x / 2**exponent.
 
@@ -106,6 +122,20 @@ def quantize_stochastic(x: Array, bits, exponent, key: Array, dtype=jnp.int32) -
     limit = jnp.asarray(max_code(bits), jnp.float32)
     codes = jnp.clip(codes, -limit, limit)
     return jnp.where(jnp.isfinite(x), codes, jnp.float32(marker(dtype))).astype(dtype)
+=======
+def _check_static_bits(bits) -> None:
+    """A width that is known before the program runs; run-time widths come from checked rules."""
+    if not hasattr(bits, "dtype"):
+        check_bits(bits)
+
+
+def as_float32(x) -> Array:
+    """`x` as float32; raises TypeError if it is not of a real floating-point type."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"a tensor to quantize must be floating point, got {x.dtype}; cast it first")
+    return x.astype(jnp.float32)
+>>>>>>> main
 
 
 def rounded(x: Array, bits, exponent) -> Array:
@@ -139,8 +169,18 @@ def scale(sums: Array, first: Array, second: Array) -> Array:
 def quantize_to(x: Array, bits: int) -> Array:
     """`x` rounded to `bits` bits at its own range: float32 of the same shape, for a look by eye.
 
+    Args:
+      x: float32, any shape; NumPy arrays and lists are converted.
+      bits: width including the sign, 2..24.
+
+    Raises:
+      ValueError: `bits` is outside 2..24.
+      TypeError: `x` is not of a real floating-point type.
+
     >>> quantize_to(jnp.array([1.0, 0.3]), 4).tolist()
     [1.0, 0.25]
     """
+    check_bits(bits)
+    x = as_float32(x)
     exponent = exponent_for(jnp.max(jnp.abs(x), initial=0.0), bits)
     return dequantize(Fixed(quantize(x, bits, exponent), jnp.int32(bits), exponent))

@@ -24,10 +24,14 @@ class GemmForm(NamedTuple):
         return self.lhs.shape[2]
 
 
-def as_gemm(eqn: JaxprEqn, lhs: Array, rhs: Array) -> GemmForm:
-    """The matrix product that a `dot_general` or `conv_general_dilated` equation computes."""
-    form = _dot_as_gemm if eqn.primitive.name == "dot_general" else _conv_as_gemm
-    return form(eqn.params, lhs, rhs)
+def as_gemm(eqn: JaxprEqn, lhs: Array, rhs: Array, zero: Array | int = 0) -> GemmForm:
+    """The matrix product that a `dot_general` or `conv_general_dilated` equation computes.
+
+    `zero` is what padding holds.
+    """
+    if eqn.primitive.name == "dot_general":
+        return _dot_as_gemm(eqn.params, lhs, rhs)
+    return _conv_as_gemm(eqn.params, lhs, rhs, jnp.asarray(zero, lhs.dtype))
 
 
 def _dot_as_gemm(params, lhs: Array, rhs: Array) -> GemmForm:
@@ -48,13 +52,13 @@ def _dot_as_gemm(params, lhs: Array, rhs: Array) -> GemmForm:
     )
 
 
-def _conv_as_gemm(params, lhs: Array, rhs: Array) -> GemmForm:
+def _conv_as_gemm(params, lhs: Array, rhs: Array, zero: Array) -> GemmForm:
     """Patches (G, batch * positions, taps * channels) times the kernel (G, taps * channels, features)."""
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     image = lhs.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1])  # (batch, *space, channels)
     kernel = rhs.transpose(*rhs_spec[2:], rhs_spec[1], rhs_spec[0])  # (*window, channels, features)
     window, (channels, features) = kernel.shape[:-2], kernel.shape[-2:]
-    patches = _patches(params, image, window)  # (batch, *positions, *window, all channels)
+    patches = _patches(params, image, window, zero)  # (batch, *positions, *window, all channels)
     batch, positions = image.shape[0], patches.shape[1 : 1 + len(window)]
     taps = math.prod(window)
 
@@ -76,14 +80,13 @@ def _conv_as_gemm(params, lhs: Array, rhs: Array) -> GemmForm:
     return GemmForm(patches, kernel, finish)
 
 
-def _patches(params, image: Array, window: tuple[int, ...]) -> Array:
+def _patches(params, image: Array, window: tuple[int, ...], zero: Array) -> Array:
     """(batch, *space, channels) -> (batch, *positions, *window, channels), one spatial axis at a time."""
     spatial = len(window)
     pads = [
         (low, high, dilation - 1)
         for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True)
     ]
-    zero = jnp.zeros((), image.dtype)
     patches = lax.pad(image, zero, [(0, 0, 0), *pads, (0, 0, 0)])
     for d in range(spatial):
         patches = _windows(

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxpr_as_fun
 
+<<<<<<< HEAD
 from jax_apt import _jax_versions as versions
 from jax_apt.config import GEMMS, Config
 from jax_apt.fixed_point import (
@@ -28,6 +29,11 @@ from jax_apt.fixed_point import (
     quantize_stochastic,
 )
 from jax_apt.products import Operand, Programs, run
+=======
+from jax_apt.config import Config
+from jax_apt.fixed_point import exponent_for
+from jax_apt.products import Operand, Programs, quantize_operand, run
+>>>>>>> main
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
 from jax_apt.state import to_tap
@@ -73,6 +79,7 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
         return forward(lhs, rhs, formats, tap)[0]
 
     def forward(lhs, rhs, formats, tap):
+<<<<<<< HEAD
         lhs_operand, lhs_measured = _quantized(site, lhs_slot, ("fwd", rhs_gemm), lhs, formats)
         rhs_operand, rhs_measured = _quantized(site, rhs_slot, ("fwd", lhs_gemm), rhs, formats)
         out = _run(site, "fwd", programs.forward, (lhs_operand, lhs), (rhs_operand, rhs))
@@ -85,6 +92,22 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
         lhs, rhs = _restored(site, lhs_slot, lhs), _restored(site, rhs_slot, rhs)
         lhs_gradient = _run(site, lhs_gemm, programs.lhs_gradient, rhs, (dy, gradient))
         rhs_gradient = _run(site, rhs_gemm, programs.rhs_gradient, lhs, (dy, gradient))
+=======
+        lhs, lhs_measured = _quantized(site, lhs_slot, lhs, formats)
+        rhs, rhs_measured = _quantized(site, rhs_slot, rhs, formats)
+        kept = checkpoint_name([(x.number, x.nonfinite) for x in (lhs, rhs)], CODES_NAME)
+        return run(programs.forward, lhs, rhs, backend), (kept, lhs_measured, rhs_measured, formats)
+
+    def backward(residuals, gradient):
+        kept, lhs_measured, rhs_measured, formats = residuals
+        lhs, rhs = (
+            Operand(number, site.widths[slot], nonfinite)
+            for (number, nonfinite), slot in zip(kept, (lhs_slot, rhs_slot), strict=True)
+        )
+        dy, dy_measured = _quantized(site, _DY, gradient, formats)
+        lhs_gradient = run(programs.lhs_gradient, rhs, dy, backend)
+        rhs_gradient = run(programs.rhs_gradient, lhs, dy, backend)
+>>>>>>> main
         measured = {lhs_slot: lhs_measured, rhs_slot: rhs_measured, _DY: dy_measured}
         tap = jnp.stack([to_tap(measured[slot]) for slot in (_X, _W, _DY)])
         return lhs_gradient, rhs_gradient, np.zeros(formats.shape, jax.dtypes.float0), tap
@@ -129,6 +152,7 @@ def _quantized(
         lambda: _measure(value, bits, exponent, widths, site),
         lambda: (bits, exponent, nothing),
     )
+<<<<<<< HEAD
     if slot == _DY and site.rounding == "stochastic":
         key = _key(site.seed, step, value)
         codes = quantize_stochastic(value, bits, exponent, key, container(widths[-1]))
@@ -137,6 +161,10 @@ def _quantized(
     measured = measured._replace(nonfinite=count_nonfinite(codes))
     number = Fixed(codes, bits, exponent)
     return Operand(number, tuple(dict.fromkeys(widths)), value), measured
+=======
+    operand = quantize_operand(value, bits, exponent, widths, site.backend)
+    return operand, measured._replace(nonfinite=operand.nonfinite)
+>>>>>>> main
 
 
 def _key(seed: int, step: Array, value: Array) -> Array:

@@ -7,7 +7,7 @@ resolutions, so all three give the same bits:
 
     emulate  float32 products of limbs so narrow that no partial sum exceeds 2**24; any device
     xla      int8 x int8 -> int32 products of limbs of 8 bits; any device
-    native   the CPU custom call of `jax_apt.xla_ops`, width as a run-time operand
+    native   the CPU custom calls of `jax_apt.xla_ops`, widths as run-time operands; codes in limb planes
 
 A product of an operand with a NaN or an infinity runs in float32, so that these values go where float32
 takes them.
@@ -21,12 +21,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
-from jax_apt.fixed_point import Fixed, count_nonfinite, dequantize, scale
+from jax_apt.fixed_point import Fixed, container, count_nonfinite, dequantize, quantize, scale
 from jax_apt.gemm_form import as_gemm
+from jax_apt.native import NativeForm, as_native, matrix_form, planes_to_float32, run_native, zero_planes
 from jax_apt.wide_integers import Wide, add, to_float32, widen
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -39,25 +40,54 @@ _FLOAT32_LIMIT = 2**24  # integers up to here are exact in float32
 class Operand(NamedTuple):
     """A quantized tensor with what is known of its width before the program runs."""
 
-    number: Fixed
+    number: Fixed  # codes as the backend keeps them: integers, or limb planes (uint8, a leading axis)
     widths: tuple[int, ...]  # candidates of number.bits, ascending
+    nonfinite: Array  # float32, shape (); NaN and infinite values in it
     value: Array | None = None  # the tensor itself, if it is still there
 
     def to_float32(self) -> Array:
         """The quantized value; a non-finite one as it was, or NaN if only its mark is left."""
-        value = dequantize(self.number)
+        is_planes = self.number.codes.dtype == jnp.uint8
+        value = planes_to_float32(self.number) if is_planes else dequantize(self.number)
         return value if self.value is None else jnp.where(jnp.isnan(value), self.value, value)
+
+
+def quantize_operand(value: Array, bits, exponent, widths: tuple[int, ...], backend: str) -> Operand:
+    """A float32 tensor as an operand of products on this backend.
+
+    Args:
+      value: float32, any shape.
+      bits, exponent: int32 scalars, the format.
+      widths: candidates of `bits`, ascending.
+      backend: "native", "xla" or "emulate".
+    """
+    if backend == "native":
+        limbs = xla_ops.limb_count(widths[-1])
+        codes, nonfinite = xla_ops.quantize(value, bits, exponent, limbs=limbs)
+    else:
+        codes = quantize(value, bits, exponent, container(widths[-1]))
+        nonfinite = count_nonfinite(codes)
+    return Operand(Fixed(codes, bits, exponent), tuple(dict.fromkeys(widths)), nonfinite, value)
 
 
 # Programs
 
 
-class Programs(NamedTuple):
-    """The three products of a layer, each of two operands."""
+class Program(NamedTuple):
+    """A product of two operands."""
 
-    forward: ClosedJaxpr  # (lhs, rhs) -> out
-    lhs_gradient: ClosedJaxpr  # (rhs, out gradient) -> gradient of lhs
-    rhs_gradient: ClosedJaxpr  # (lhs, out gradient) -> gradient of rhs
+    jaxpr: ClosedJaxpr
+    operands: tuple[str, str]  # of "lhs", "rhs" and "out"
+    target: str  # the third: what it computes, or the gradient of
+    form: NativeForm | None  # None: native multiplies patches
+
+
+class Programs(NamedTuple):
+    """The three products of a layer."""
+
+    forward: Program  # (lhs, rhs) -> out
+    lhs_gradient: Program  # (rhs, out gradient) -> gradient of lhs
+    rhs_gradient: Program  # (lhs, out gradient) -> gradient of rhs
 
 
 def trace_programs(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Programs:
@@ -80,10 +110,11 @@ def trace_programs(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Programs:
         return jax.linear_transpose(lambda value: forward(lhs, value), rhs)(out)[0]
 
     out = jax.eval_shape(forward, lhs, rhs)
+    form = as_native(eqn, lhs_shape, rhs_shape)
     return Programs(
-        jax.make_jaxpr(forward)(lhs, rhs),
-        jax.make_jaxpr(lhs_gradient)(rhs, out),
-        jax.make_jaxpr(rhs_gradient)(lhs, out),
+        Program(jax.make_jaxpr(forward)(lhs, rhs), ("lhs", "rhs"), "out", form),
+        Program(jax.make_jaxpr(lhs_gradient)(rhs, out), ("rhs", "out"), "lhs", form),
+        Program(jax.make_jaxpr(rhs_gradient)(lhs, out), ("lhs", "out"), "rhs", form),
     )
 
 
@@ -91,7 +122,7 @@ def check_sums_fit(programs: Programs, lhs_bits: int, rhs_bits: int, out_bits: i
     """Raises ValueError if a sum of the widest codes might leave 64 bits."""
     pairs = ((lhs_bits, rhs_bits), (rhs_bits, out_bits), (lhs_bits, out_bits))
     for name, program, (a, b) in zip(Programs._fields, programs, pairs, strict=True):
-        eqn = next(e for e in program.jaxpr.eqns if e.primitive.name in PRODUCTS)
+        eqn = next(e for e in program.jaxpr.jaxpr.eqns if e.primitive.name in PRODUCTS)
         depth = _depth(eqn)
         if a + b - 2 + math.ceil(math.log2(max(depth, 1))) > _INT64_BITS:
             raise ValueError(
@@ -100,11 +131,22 @@ def check_sums_fit(programs: Programs, lhs_bits: int, rhs_bits: int, out_bits: i
             )
 
 
-def run(program: ClosedJaxpr, a: Operand, b: Operand, backend: str) -> Array:
+def run(program: Program, a: Operand, b: Operand, backend: str) -> Array:
     """float32 result of a program on quantized operands, exact up to one rounding per element."""
-    jaxpr: Jaxpr = program.jaxpr
+    return lax.cond(
+        a.nonfinite + b.nonfinite == 0,
+        lambda: _exact(program, a, b, backend),
+        lambda: jaxpr_as_fun(program.jaxpr)(a.to_float32(), b.to_float32())[0],
+    )
+
+
+def _exact(program: Program, a: Operand, b: Operand, backend: str) -> Array:
+    if backend == "native" and program.form is not None:
+        operands = dict(zip(program.operands, (a.number, b.number), strict=True))
+        return run_native(program.form, program.target, operands)
+    jaxpr: Jaxpr = program.jaxpr.jaxpr
     values: dict = dict(zip(jaxpr.invars, (a, b), strict=True))
-    values |= dict(zip(jaxpr.constvars, program.consts, strict=True))
+    values |= dict(zip(jaxpr.constvars, program.jaxpr.consts, strict=True))
     for eqn in jaxpr.eqns:
         inputs = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
         values[eqn.outvars[0]] = _step(eqn, inputs, backend)
@@ -116,35 +158,35 @@ def _step(eqn: JaxprEqn, inputs: list, backend: str):
     name = eqn.primitive.name
     if name in PRODUCTS:
         a, b = inputs
-        return _product(eqn, a, b, backend)
+        return _EXACT[backend](eqn, a, b)
     if name in ("convert_element_type", "copy"):
         return inputs[0]
     if name not in ("transpose", "rev", "reshape", "squeeze", "broadcast_in_dim"):
         raise NotImplementedError(f"product program holds {name}, which has no integer form")
     if not isinstance(inputs[0], Operand):
         return eqn.primitive.bind(*inputs, **eqn.params)
-    number, widths, value = inputs[0]
-    codes = eqn.primitive.bind(number.codes, **eqn.params)
-    value = None if value is None else eqn.primitive.bind(value, **eqn.params)
-    return Operand(number._replace(codes=codes), widths, value)
 
+    def rearrange(codes):
+        return eqn.primitive.bind(codes, **eqn.params)
 
-def _product(eqn: JaxprEqn, a: Operand, b: Operand, backend: str) -> Array:
-    is_finite = count_nonfinite(a.number.codes) + count_nonfinite(b.number.codes) == 0
-    return lax.cond(
-        is_finite,
-        lambda: _EXACT[backend](eqn, a, b),
-        lambda: eqn.primitive.bind(a.to_float32(), b.to_float32(), **eqn.params),
-    )
+    number = inputs[0].number
+    codes = (jax.vmap(rearrange) if backend == "native" else rearrange)(number.codes)
+    return inputs[0]._replace(number=number._replace(codes=codes), value=None)
 
 
 # Backends
 
 
 def _native(eqn: JaxprEqn, a: Operand, b: Operand) -> Array:
-    form = as_gemm(eqn, a.number.codes, b.number.codes)
-    formats = jnp.stack([a.number.bits, a.number.exponent, b.number.bits, b.number.exponent])
-    return form.finish(xla_ops.gemm(form.lhs, form.rhs, formats))
+    """A product without a native form of its own, as a matrix product of patches."""
+
+    # The operands may differ in their number of planes: each goes through beside one plane of the other.
+    x, w = a.number.codes, b.number.codes
+    lhs = jax.vmap(lambda plane, zero: as_gemm(eqn, plane, w[0], zero).lhs)(x, zero_planes(a.number))
+    rhs = jax.vmap(lambda plane: as_gemm(eqn, x[0], plane).rhs)(w)
+    numbers = {"lhs": a.number._replace(codes=lhs), "rhs": b.number._replace(codes=rhs)}
+    out = run_native(matrix_form(lhs.shape[1:], rhs.shape[1:]), "out", numbers)
+    return as_gemm(eqn, x[0], w[0]).finish(out)
 
 
 def _portable(exact: Callable[[JaxprEqn, Array, Array, int, int], Array]):

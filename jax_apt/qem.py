@@ -15,7 +15,8 @@ Each is log2(|error| / sum|x| + 1) with a sum `error` that adds over uses, time 
 import jax.numpy as jnp
 from jax import Array
 
-from jax_apt.fixed_point import exponent_for, power_of_two, rounded
+from jax_apt.config import check_bits, check_measure
+from jax_apt.fixed_point import as_float32, exponent_for, power_of_two, rounded
 
 
 def error_sums(x: Array, bits: Array, exponents: Array, measure: str = "mean_magnitude") -> Array:
@@ -54,16 +55,23 @@ def measure_error(x: Array, bits: int, measure: str = "mean_magnitude") -> Array
     """Diff of a whole tensor quantized to `bits` bits at its own range.
 
     Args:
-      x: float32, any shape, finite.
+      x: float32, any shape, finite; NumPy arrays and lists are converted.
       bits: width including the sign, 2..24.
       measure: "mean_magnitude" (the method's), "elementwise" or "resolution".
 
     Returns:
       float32 scalar >= 0.
 
+    Raises:
+      ValueError: `bits` is outside 2..24, or the measure is unknown.
+      TypeError: `x` is not of a real floating-point type.
+
     >>> float(measure_error(jnp.array([1.0, 0.5, 0.25]), 8))
     0.0
     """
+    check_bits(bits)
+    check_measure(measure)
+    x = as_float32(x)
     exponent = exponent_for(jnp.max(jnp.abs(x), initial=0.0), bits)
     (error,) = error_sums(x, jnp.array([bits]), exponent[None], measure)
     return diff(error, jnp.sum(jnp.abs(x)))

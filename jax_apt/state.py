@@ -12,7 +12,7 @@ The largest magnitude of several uses is the highest exponent that any of them m
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,8 +158,12 @@ def formats(state: AptState) -> dict[str, Array]:
 
 def zero_taps(layout: Layout) -> dict[str, Array]:
     """Taps of every layer: float32 zeros, `stack + (3, S)`."""
+    return {name: jnp.zeros(shape, jnp.float32) for name, shape in _tap_shapes(layout).items()}
+
+
+def _tap_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     size = tap_size(layout.candidates().shape[1])
-    return {layer.name: jnp.zeros((*layer.stack, 3, size), jnp.float32) for layer in layout.layers}
+    return {layer.name: (*layer.stack, 3, size) for layer in layout.layers}
 
 
 def tap_size(widths: int) -> int:
@@ -187,6 +191,31 @@ def _exponents_like(x: Array) -> Array:
     return lax.broadcasted_iota(jnp.int32, (*x.shape, _EXPONENTS), x.ndim) + MIN_EXPONENT
 
 
+def check_state(state: Any, call: str) -> None:
+    """Raises TypeError if `state` is no AptState; `call` shows how the function is called."""
+    if not isinstance(state, AptState):
+        raise TypeError(
+            f"{call}: the state must be an AptState, as init() makes it; got {type(state).__name__}"
+        )
+
+
+def check_taps(state: AptState, taps: Any) -> None:
+    """Raises TypeError or ValueError if these are not the taps of the state; names the difference."""
+    if not isinstance(taps, dict):
+        raise TypeError(
+            f"taps must be a dictionary by layer name, as taps() makes it; got {type(taps).__name__}"
+        )
+    if set(taps) != set(state.layout.names()):
+        difference = sorted(set(taps) ^ set(state.layout.names()))
+        raise ValueError(f"taps and state have different layers: {', '.join(map(str, difference))}")
+    for name, shape in _tap_shapes(state.layout).items():
+        if np.shape(taps[name]) != shape:
+            raise ValueError(
+                f"taps of layer {name} must have shape {shape}, got {np.shape(taps[name])}; "
+                "statistics of microbatches or devices are summed, not stacked"
+            )
+
+
 def update(state: AptState, taps: dict[str, Array], config: Config) -> AptState:
     """The state after a training step, from the cotangents of its taps. Pure, vectorized over tensors.
 
@@ -196,11 +225,11 @@ def update(state: AptState, taps: dict[str, Array], config: Config) -> AptState:
       config: constants of the method.
 
     Raises:
+      TypeError: `state` is no AptState, or the taps are no dictionary.
       ValueError: the taps are not those of the state's layers; the message names the difference.
     """
-    if set(taps) != set(state.layout.names()):
-        difference = sorted(set(taps) ^ set(state.layout.names()))
-        raise ValueError(f"taps and state have different layers: {', '.join(difference)}")
+    check_state(state, "update(state, taps)")
+    check_taps(state, taps)
     candidates = jnp.asarray(state.layout.candidates())
     if not state.layout.layers:
         return replace(state, step=state.step + 1, taps=None)

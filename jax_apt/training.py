@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_apt.state import AptState
+from jax_apt.state import AptState, check_state
 from jax_apt.transform import AptFunction
 
 
@@ -26,8 +26,15 @@ def value_and_grad(
       (loss, aux) if `has_aux`.
 
     Raises:
-      TypeError: a leaf of the variables is not float32, float16 or bfloat16, or the state is no AptState.
+      TypeError: `loss_fn` is no function or `q` was not made by `apt_quantize`; a leaf of the variables is
+        not float32, float16 or bfloat16; or the state is no AptState.
     """
+    if not callable(loss_fn) or isinstance(loss_fn, AptFunction):
+        raise TypeError(
+            f"value_and_grad(loss_fn, q): loss_fn must be a function, got {type(loss_fn).__name__}"
+        )
+    if not isinstance(q, AptFunction):
+        raise TypeError(f"value_and_grad(loss_fn, q): q must be made by apt_quantize, got {type(q).__name__}")
 
     def with_statistics(variables, state: AptState, *args, **kwargs):
         _check(variables, state)
@@ -43,11 +50,7 @@ def value_and_grad(
 
 
 def _check(variables, state) -> None:
-    if not isinstance(state, AptState):
-        raise TypeError(
-            "value_and_grad's function takes (variables, state, ...); "
-            f"the state must be an AptState, got {type(state).__name__}"
-        )
+    check_state(state, "the function that value_and_grad makes takes (variables, state, ...)")
     for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
         dtype = jnp.result_type(leaf)
         if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):

@@ -35,6 +35,8 @@ from jax_apt.state import (
     Layer,
     Layout,
     check_same_layers,
+    check_state,
+    check_taps,
     formats,
     initial_state,
     update,
@@ -77,13 +79,21 @@ def apt_quantize(
     """
     if not callable(fn):
         raise TypeError(f"apt_quantize takes a function, got {type(fn).__name__}")
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rules must be Rule objects, got {rule!r}")
+    _check_rules(rules)
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {config!r}")
     check_backend(backend)
     return AptFunction(fn, tuple(rules), config or Config(), backend)
+
+
+def _check_rules(rules) -> None:
+    if isinstance(rules, Config):
+        raise TypeError("the second argument is the list of rules; pass the Config as config=...")
+    if isinstance(rules, Rule) or not isinstance(rules, Sequence):
+        raise TypeError(f"rules must be a list of Rule objects, got {rules!r}; one rule is [rule]")
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rules must be Rule objects, got {rule!r}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,10 @@ class AptFunction:
           variables: parameters, as `fn` takes them; arrays or `jax.ShapeDtypeStruct`.
           *args, **kwargs: the rest of `fn`'s arguments.
 
+        Raises:
+          TypeError: a product's operands are not float32, bfloat16 or float16; the message has your line.
+          RuntimeError: a backend that was asked for cannot run here.
+
         Warns:
           UserWarning: a rule hit no layer.
         """
@@ -117,17 +131,14 @@ class AptFunction:
         measured is quantized by its own range.
 
         Raises:
-          TypeError: `state` is no AptState, or a forward-mode derivative is taken.
+          TypeError: `state` is no AptState, or a forward-mode or second derivative is taken.
           ValueError: the state belongs to another function; the message names the difference.
         """
-        if not isinstance(state, AptState):
-            raise TypeError(
-                "apply takes the precision state as its second argument: apply(variables, state, ...); "
-                f"got {type(state).__name__}"
-            )
+        check_state(state, "apply(variables, state, ...)")
         traced = _trace(self, variables, args, kwargs)
         check_same_layers(state, traced.layout)
-        taps = state.taps if state.taps is not None else zero_taps(state.layout)
+        taps = zero_taps(state.layout) if state.taps is None else state.taps
+        check_taps(state, taps)
         table = formats(state)
         sites = {name: (table[name], taps[name]) for name in traced.layout.names()}
         layers = {layer.name: layer for layer in traced.layout.layers}
@@ -142,22 +153,26 @@ class AptFunction:
 
     def with_taps(self, state: AptState, taps: dict[str, Array] | None = None) -> AptState:
         """The state as training uses it: zeros whose gradient is the statistics of the step."""
+        check_state(state, "with_taps(state, taps)")
         return replace(state, taps=zero_taps(state.layout) if taps is None else taps)
 
     def taps(self, state: AptState) -> dict[str, Array]:
         """Zeros to differentiate with respect to: float32 arrays by layer name."""
+        check_state(state, "taps(state)")
         return zero_taps(state.layout)
 
     def update(self, state: AptState, taps: dict[str, Array]) -> AptState:
         """The state after a training step, from the gradient of the loss with respect to the taps.
 
         Raises:
+          TypeError: `state` is no AptState, or the taps are no dictionary.
           ValueError: the taps are not those of the state's layers.
         """
         return update(state, taps, self.config)
 
     def report(self, state: AptState) -> Report:
         """Every layer with its rule, widths, backend and reason, and what was left in float."""
+        check_state(state, "report(state)")
         return make_report(state)
 
 
@@ -171,6 +186,15 @@ _FORWARD_MODE = (
 # Trace
 
 
+def _check_no_state(variables, args) -> None:
+    """A precision state in the wrong place would be traced like parameters or data."""
+    for name, value in (("variables", variables), *((f"argument {i + 1}", x) for i, x in enumerate(args))):
+        if isinstance(value, AptState):
+            raise TypeError(
+                f"{name} is an AptState: init takes (variables, *args) and apply (variables, state, *args)"
+            )
+
+
 @dataclass(frozen=True)
 class _Traced:
     plan: Plan
@@ -180,6 +204,7 @@ class _Traced:
 
 
 def _trace(q: AptFunction, variables, args, kwargs) -> _Traced:
+    _check_no_state(variables, args)
     leaves, tree = jax.tree.flatten((variables, args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
     count = len(jax.tree.leaves(variables))
@@ -196,6 +221,33 @@ def _trace(q: AptFunction, variables, args, kwargs) -> _Traced:
     jaxpr, out_shape = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
     plan, layout = make_plan(jaxpr, labels, q.rules, q.backend)
     return _Traced(plan, layout, arrays, jax.tree.structure(out_shape))
+
+
+# Derivatives of gradients: a gradient is computed from integer codes, so its own derivative would be zero
+
+
+_SECOND_DERIVATIVE = (
+    "a function made by apt_quantize has no second derivative (jax.hessian, a gradient of a gradient): its "
+    "gradients are computed from integer codes; differentiate the original function, or leave layers in float"
+)
+
+
+@jax.custom_vjp
+def _differentiable_once(x: Array) -> Array:
+    return x
+
+
+@jax.custom_jvp
+def _last_derivative(cotangent: Array) -> Array:
+    return cotangent
+
+
+@_last_derivative.defjvp
+def _refuse_second_derivative(primals, tangents):
+    raise TypeError(_SECOND_DERIVATIVE)
+
+
+_differentiable_once.defvjp(lambda x: (x, None), lambda _, cotangent: (_last_derivative(cotangent),))
 
 
 # Interpreter
@@ -234,6 +286,7 @@ class _Replayer:
         return [read(v) for v in plan.jaxpr.jaxpr.outvars]
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites) -> Array:
+<<<<<<< HEAD
         lhs, rhs = (x.astype(jnp.float32) for x in inputs)
         formats, tap = sites[node.layer]
         axes = self.mesh_axes
@@ -242,6 +295,9 @@ class _Replayer:
             lhs, rhs, tap = (versions.as_varying(x, varying) for x in (lhs, rhs, tap))
             axes = tuple(a for a in axes if a in varying)
         layer = self.layers[node.layer]
+=======
+        lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
+>>>>>>> main
         site = Site(
             programs=trace_programs(eqn, lhs.shape, rhs.shape),
             is_weight_lhs=node.is_weight_lhs,

@@ -62,6 +62,15 @@ def container(bits):
     return np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32
 
 
+def planes_of(codes, bits, limbs=None):
+    """Limb planes by the definition: bytes of code + 2**(8 * used - 1), little end first; others unused."""
+    used = math.ceil(bits / 8)
+    shifted = np.asarray(codes, np.int64) + 2 ** (8 * used - 1)
+    planes = [shifted >> (8 * i) & 255 for i in range(used)]
+    planes += [np.full(shifted.shape, 77)] * ((limbs or used) - used)
+    return np.stack(planes).astype(np.uint8)
+
+
 def float32_oracle(sums):
     """Nearest float32 of Python integers, ties to even, by exact arithmetic on the 24-bit mantissa."""
 

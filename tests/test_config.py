@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from jax_apt import Adaptive, Config, Rule
@@ -28,8 +29,9 @@ def test_config_is_frozen_hashable_and_keyword_only():
     ("field", "value"),
     [
         *[(name, bad) for name in ("alpha", "initial_fraction") for bad in (-0.01, 1.01, math.nan)],
-        *[(n, bad) for n in ("beta", "gamma", "delta", "threshold") for bad in (-1.0, math.nan)],
-        *[("steps_per_epoch", bad) for bad in (0, -1, 1.5)],
+        *[(n, bad) for n in ("beta", "gamma", "delta", "threshold") for bad in (-1.0, math.nan, math.inf)],
+        *[("alpha", bad) for bad in ("0.1", None, True)],
+        *[("steps_per_epoch", bad) for bad in (0, -1, 1.5, True, "10")],
         ("mode", "shrink"),
         ("measure", "mean"),
     ],
@@ -51,6 +53,17 @@ def test_bad_widths_are_named(bits):
     for make in (check_bits, Adaptive, candidates, lambda bits: Rule(grads=bits)):
         with pytest.raises(ValueError, match=f"in 2..24, got {bits!r}"):
             make(bits)
+
+
+def test_numpy_integers_are_integers():
+    assert Rule(acts=np.int64(12)) == Rule(acts=12)
+    assert candidates(np.int32(12)) == (12,) and Adaptive(np.int64(8)).widths == (8,)
+    assert type(Config(steps_per_epoch=np.int64(10)).steps_per_epoch) is int
+
+
+def test_quantize_is_a_truth_value():
+    with pytest.raises(ValueError, match="quantize must be True or False, got 'no'"):
+        Rule("head", quantize="no")
 
 
 def test_widths_ascend():
@@ -81,7 +94,7 @@ def test_rules_search_the_name():
     assert Rule().hits("", "dot_general", None) and Rule().hits("anything", "dot_general", (3,))
 
 
-@pytest.mark.parametrize("match", ["(", 3])
+@pytest.mark.parametrize("match", ["(", 3, None, b"Conv"])
 def test_a_bad_expression_is_named(match):
     with pytest.raises(ValueError, match="is no regular expression"):
         Rule(match)

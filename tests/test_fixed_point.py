@@ -11,7 +11,7 @@ from helpers import exponent_oracle, quantize_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_apt import Fixed, dequantize, exponent_for, quantize, quantize_to
+from jax_apt import Fixed, dequantize, exponent_for, measure_error, quantize, quantize_to
 from jax_apt.fixed_point import container, count_nonfinite, marker, max_code, power_of_two, scale
 
 BITS = range(2, 25)
@@ -155,3 +155,36 @@ def test_quantize_to_looks_at_its_own_range():
     assert quantize_to(jnp.array([1.0, 0.3, -0.3]), 4).tolist() == [1.0, 0.25, -0.25]
     assert quantize_to(jnp.zeros(3), 8).tolist() == [0.0, 0.0, 0.0]
     assert quantize_to(jnp.zeros((0, 2)), 8).shape == (0, 2)
+
+
+@pytest.mark.parametrize("bits", [1, 25, 8.0, True])
+def test_bad_widths_are_named(bits):
+    x = jnp.ones(3)
+    for call in (
+        lambda: quantize(x, bits, 0),
+        lambda: exponent_for(x, bits),
+        lambda: quantize_to(x, bits),
+        lambda: measure_error(x, bits),
+    ):
+        with pytest.raises(ValueError, match=f"bits must be an int in 2..24, got {bits}"):
+            call()
+
+
+def test_bad_tensors_and_containers_are_named():
+    for dtype in ("int32", "complex64"):
+        x = jnp.ones(3, dtype)
+        with pytest.raises(TypeError, match=f"quantize takes float32, got {dtype}"):
+            quantize(x, 8, 0)
+        for call in (quantize_to, measure_error):
+            with pytest.raises(TypeError, match=f"must be floating point, got {dtype}; cast it first"):
+                call(x, 8)
+    with pytest.raises(ValueError, match="codes of 16 bits do not fit into int8"):
+        quantize(jnp.ones(3), 16, 0, jnp.int8)
+    with pytest.raises(ValueError, match=r"measure must be one of mean_magnitude, .*; got 'median'"):
+        measure_error(jnp.ones(3), 8, "median")
+
+
+def test_lists_and_other_floats_are_converted():
+    assert quantize_to([1.0, 0.3], 4).tolist() == [1.0, 0.25]
+    assert quantize_to(np.array([1.0, 0.3]), 4).dtype == jnp.float32
+    assert quantize_to(jnp.array([1.0, 0.3], jnp.bfloat16), 4).tolist() == [1.0, 0.25]

@@ -7,18 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import codes as draw
-from helpers import container, conv_gradients_oracle, conv_oracle, dot_oracle, float32_oracle
+from helpers import container, conv_gradients_oracle, conv_oracle, dot_oracle, float32_oracle, planes_of
 from jax import lax
 
-from jax_apt import Fixed, dequantize, xla_ops
-from jax_apt.fixed_point import marker
+from jax_apt import Fixed, xla_ops
 from jax_apt.gemm_form import as_gemm
-from jax_apt.products import Operand, run, trace_programs
+from jax_apt.products import Operand, quantize_operand, run, trace_programs
 
 BACKENDS = ["emulate", "xla"] + (["native"] if xla_ops.is_available() else [])
 WIDTHS = [(8, 8), (16, 8), (8, 16), (16, 16), (24, 8), (24, 24), (2, 13)]
 
 CONVOLUTIONS = {  # lhs shape, rhs shape, what differs from a plain NCHW convolution
+    "transposed": ((2, 3, 4, 5), (4, 3, 3, 2), {"lhs_dilation": (2, 3), "padding": ((2, 1), (1, 3))}),
+    "transposed_groups": (
+        (2, 6, 4, 3), (4, 3, 2, 3),
+        {
+            "lhs_dilation": (2, 1), "rhs_dilation": (1, 2), "feature_group_count": 2,
+            "padding": ((0, 1), (3, 2)),
+        },
+    ),
     "1d": ((2, 3, 9), (4, 3, 3), {}),
     "3d": ((1, 2, 4, 3, 4), (3, 2, 2, 1, 3), {"padding": ((1, 0), (0, 0), (1, 1))}),
     "stride": ((2, 3, 7, 8), (5, 3, 3, 2), {"window_strides": (2, 3), "padding": ((1, 1), (0, 2))}),
@@ -73,8 +80,15 @@ def conv_case(name):
     return eqn, lhs, rhs, params
 
 
-def operand(codes, bits, exponent):
-    return Operand(fixed(codes, bits, exponent, container(bits)), (bits,))
+def operand(codes, bits, exponent, backend, widths=None):
+    """Codes as a backend keeps them: integers, or limb planes."""
+    widest = (widths or (bits,))[-1]
+    if backend == "native":
+        held = jnp.asarray(planes_of(codes, bits, xla_ops.limb_count(widest)))
+    else:
+        held = jnp.asarray(codes, container(widest))
+    number = Fixed(held, jnp.int32(bits), jnp.int32(exponent))
+    return Operand(number, widths or (bits,), jnp.float32(0))
 
 
 def expected(sums, exponent):
@@ -91,7 +105,8 @@ def all_products(programs, backend):
 
     @jax.jit
     def products(x, w, dy):
-        x, w, dy = Operand(x, (8,)), Operand(w, (8,)), Operand(dy, (8, 16, 24))
+        zero = jnp.float32(0)
+        x, w, dy = Operand(x, (8,), zero), Operand(w, (8,), zero), Operand(dy, (8, 16, 24), zero)
         return (
             run(programs.forward, x, w, backend),
             run(programs.lhs_gradient, w, dy, backend),
@@ -101,8 +116,14 @@ def all_products(programs, backend):
     return products
 
 
-def fixed(codes, bits, exponent, dtype):
-    return Fixed(jnp.asarray(codes, dtype), jnp.int32(bits), jnp.int32(exponent))
+def numbers(backend, lhs, rhs, dy, dy_bits, exponents):
+    """Operands of `all_products`."""
+    made = (
+        operand(lhs, 8, exponents[0], backend),
+        operand(rhs, 8, exponents[1], backend),
+        operand(dy, dy_bits, exponents[2], backend, (8, 16, 24)),
+    )
+    return [x.number for x in made]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,7 +135,7 @@ def test_convolutions(name, backend):
         rng = np.random.default_rng(dy_bits)
         lhs, rhs = draw(rng, lhs_shape, 8, kind), draw(rng, rhs_shape, 8, kind)
         dy = draw(rng, eqn.outvars[0].aval.shape, dy_bits, kind)
-        got = products(fixed(lhs, 8, -3, "int8"), fixed(rhs, 8, 5, "int8"), fixed(dy, dy_bits, -9, "int32"))
+        got = products(*numbers(backend, lhs, rhs, dy, dy_bits, (-3, 5, -9)))
         d_lhs, d_rhs = conv_gradients_oracle(lhs, rhs, dy, params)
         np.testing.assert_array_equal(got[0], expected(conv_oracle(lhs, rhs, params), 2))
         np.testing.assert_array_equal(got[1], expected(d_lhs, -4))
@@ -145,7 +166,7 @@ def test_dots(name, backend):
     rng = np.random.default_rng(0)
     lhs, rhs = draw(rng, lhs_shape, 8), draw(rng, rhs_shape, 8)
     dy = draw(rng, eqn.outvars[0].aval.shape, 16)
-    got = products(fixed(lhs, 8, 1, "int8"), fixed(rhs, 8, 2, "int8"), fixed(dy, 16, 3, "int32"))
+    got = products(*numbers(backend, lhs, rhs, dy, 16, (1, 2, 3)))
     d_lhs, d_rhs = dot_gradients_oracle(lhs, rhs, dy, dims)
     np.testing.assert_array_equal(got[0], expected(dot_oracle(lhs, rhs, dims), 3))
     np.testing.assert_array_equal(got[1], expected(d_lhs, 5))
@@ -156,29 +177,25 @@ def test_dots(name, backend):
 @pytest.mark.parametrize(("a_bits", "b_bits"), WIDTHS)
 def test_widths_and_depths(a_bits, b_bits, backend):
     for depth, kind in ((0, "random"), (1, "extreme"), (515, "largest"), (2000, "alternating")):
-        program, a, b = matmul_case(depth, a_bits, b_bits, kind)
-        check(program, a, b, exact_product(a, b), backend, 0)
+        program, a, b, sums = matmul_case(backend, depth, a_bits, b_bits, kind)
+        check(program, a, b, sums, backend, 0)
 
 
-def exact_product(a, b):
-    return np.asarray(a.number.codes, object) @ np.asarray(b.number.codes, object)
-
-
-def matmul_case(depth, a_bits, b_bits, kind):
+def matmul_case(backend, depth, a_bits, b_bits, kind):
+    """(program, both operands, exact sums) of a (3, depth) x (depth, 2) product."""
     shapes = (3, depth), (depth, 2)
     program = trace_programs(equation(jnp.matmul, *shapes), *shapes).forward
     rng = np.random.default_rng(depth)
-    a, b = (
-        operand(draw(rng, shape, n, kind), n, 0) for shape, n in zip(shapes, (a_bits, b_bits), strict=True)
-    )
-    return program, a, b
+    a, b = (draw(rng, shape, n, kind) for shape, n in zip(shapes, (a_bits, b_bits), strict=True))
+    operands = operand(a, a_bits, 0, backend), operand(b, b_bits, 0, backend)
+    return program, *operands, a.astype(object) @ b.astype(object)
 
 
 @pytest.mark.parametrize("backend", ["xla", *BACKENDS[2:]])
 @pytest.mark.parametrize("bits", [(8, 8), (24, 8), (24, 22)])
 def test_sums_deeper_than_int32(bits, backend):
-    program, a, b = matmul_case(140_000, *bits, "largest")
-    check(program, a, b, exact_product(a, b), backend, 0)
+    program, a, b, sums = matmul_case(backend, 140_000, *bits, "largest")
+    check(program, a, b, sums, backend, 0)
 
 
 def test_emulate_refuses_a_depth_that_float32_cannot_sum():
@@ -192,7 +209,7 @@ def test_emulate_refuses_a_depth_that_float32_cannot_sum():
 
 
 def operand_of(codes):
-    return Operand(Fixed(codes, jnp.int32(8), jnp.int32(0)), (8,))
+    return Operand(Fixed(codes, jnp.int32(8), jnp.int32(0)), (8,), jnp.float32(0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -204,34 +221,44 @@ def test_widths_are_run_time_values(backend):
 
     @jax.jit
     def product(a, b):
-        return run(program, Operand(a, candidates), Operand(b, candidates), backend)
+        zero = jnp.float32(0)
+        return run(program, Operand(a, candidates, zero), Operand(b, candidates, zero), backend)
 
     rng = np.random.default_rng(0)
     for a_bits, b_bits in itertools.product(candidates, candidates):
         lhs, rhs = draw(rng, shapes[0], a_bits, "extreme"), draw(rng, shapes[1], b_bits, "extreme")
-        a, b = fixed(lhs, a_bits, -4, "int32"), fixed(rhs, b_bits, -4, "int32")
-        np.testing.assert_array_equal(product(a, b), expected(lhs.astype(object) @ rhs.astype(object), -8))
+        a, b = operand(lhs, a_bits, -4, backend, candidates), operand(rhs, b_bits, -4, backend, candidates)
+        np.testing.assert_array_equal(
+            product(a.number, b.number), expected(lhs.astype(object) @ rhs.astype(object), -8)
+        )
     assert product._cache_size() == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_exponents_lose_nothing(backend):
     """2**-126 * 2**126 is 1, though each power alone nearly leaves float32's range."""
-    program, a, b = matmul_case(515, 24, 8, "random")
-    sums = exact_product(a, b)
+    program, a, b, sums = matmul_case(backend, 515, 24, 8, "random")
     a = a._replace(number=a.number._replace(exponent=jnp.int32(-126)))
     b = b._replace(number=b.number._replace(exponent=jnp.int32(126)))
     check(program, a, b, sums, backend, 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_marked_codes_take_the_whole_product_to_float32(backend):
-    program, a, b = matmul_case(5, 8, 8, "random")
-    value = dequantize(a.number).at[1, 2].set(jnp.inf)
-    codes = a.number.codes.at[1, 2].set(marker(jnp.int8))
-    a = Operand(a.number._replace(codes=codes), a.widths, value)
+@pytest.mark.parametrize("bits", [8, 16, 24])
+def test_marked_codes_take_the_whole_product_to_float32(bits, backend):
+    shapes = (3, 5), (5, 2)
+    program = trace_programs(equation(jnp.matmul, *shapes), *shapes).forward
+    rng = np.random.default_rng(bits)
+    x, y = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    x[1, 2] = np.inf
+    exponent = jnp.int32(3 - bits)
+    a, b = (quantize_operand(jnp.asarray(v), jnp.int32(bits), exponent, (bits,), backend) for v in (x, y))
+    assert (float(a.nonfinite), float(b.nonfinite)) == (1, 0)
+    value, weight = a.to_float32(), b.to_float32()
+    assert np.isinf(value[1, 2]) and np.isfinite(value).sum() == 14
+    np.testing.assert_allclose(value, x, atol=2.0 ** (3 - bits))
     got = run(program, a, b, backend)
-    np.testing.assert_array_equal(got, value @ dequantize(b.number))
+    np.testing.assert_array_equal(got, value @ weight)
     lost = run(program, a._replace(value=None), b, backend)  # a residual: only the mark is left
     assert np.isnan(lost[1]).all() and np.array_equal(lost[np.array([0, 2])], got[np.array([0, 2])])
 

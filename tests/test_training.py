@@ -127,6 +127,25 @@ def test_taps_of_other_layers_are_refused():
     taps["c"] = taps.pop("a")
     with pytest.raises(ValueError, match="taps and state have different layers: a, c"):
         q.update(state, taps)
+    with pytest.raises(ValueError, match="taps and state have different layers: a, c"):
+        q.apply(p, q.with_taps(state, taps), x)
+    with pytest.raises(TypeError, match=r"taps must be a dictionary by layer name, .*got NoneType"):
+        q.update(state, None)
+    stacked = jax.tree.map(lambda tap: jnp.stack([tap, tap]), q.taps(state))
+    with pytest.raises(ValueError, match=r"taps of layer a must have shape \(3, \d+\), got \(2, 3, \d+\)"):
+        q.update(state, stacked)
+
+
+def test_a_donated_state_trains_and_a_closed_over_state_is_read():
+    q, p, x = start()
+    step = apt.value_and_grad(lambda p, s: jnp.sum(q.apply(p, s, x) ** 2), q)
+    plain, donating = jax.jit(step), jax.jit(step, donate_argnums=1)
+    state, donated = q.init(p, x), q.init(p, x)
+    for _ in range(3):
+        *expected, state = plain(p, state)
+        *got, donated = donating(p, donated)
+        assert equal(got, expected) and equal(donated, state)
+    np.testing.assert_array_equal(jax.jit(lambda x: q.apply(p, state, x))(x), q.apply(p, state, x))
 
 
 def test_optax_trains_as_well_as_in_float32():

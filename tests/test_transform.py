@@ -392,14 +392,49 @@ def test_errors_at_the_door():
         apt.apt_quantize(plain, config={"alpha": 0.1})
     with pytest.raises(ValueError, match="one of auto, native, xla, emulate; got 'cuda'"):
         apt.apt_quantize(plain, backend="cuda")
+    for rules in (apt.Rule("a"), None, {"a": 8}):
+        with pytest.raises(TypeError, match=r"rules must be .*Rule.*, got .*; one rule is \[rule\]"):
+            apt.apt_quantize(plain, rules)
+    with pytest.raises(TypeError, match="pass the Config as config="):
+        apt.apt_quantize(plain, apt.Config())
 
 
 def test_state_missing_from_apply():
     p, x = two_layers(), normal(2, 4, 5)
-    with pytest.raises(TypeError, match=r"second argument: apply\(variables, state, ...\)"):
+    with pytest.raises(TypeError, match=r"apply\(variables, state, ...\): the state must be an AptState"):
         apt.apt_quantize(plain).apply(p, x)
     with pytest.raises(TypeError, match="must be an AptState"):
         apt.value_and_grad(lambda v, s: 0.0, apt.apt_quantize(plain))(p, x)
+
+
+def test_arguments_in_the_wrong_place():
+    p, x = two_layers(), normal(2, 4, 5)
+    q = apt.apt_quantize(plain)
+    state = q.init(p, x)
+    for call, words in (
+        (lambda: q.apply(state, p, x), r"apply\(variables, state, ...\): .* got dict"),
+        (lambda: q.apply(p, x, state), r"apply\(variables, state, ...\): .* got ArrayImpl"),
+        (lambda: q.apply(p, state, state), "argument 1 is an AptState"),
+        (lambda: q.init(p, state, x), "argument 1 is an AptState"),
+        (lambda: q.init(state, x), "variables is an AptState"),
+        (lambda: q.update(q.taps(state), state), r"update\(state, taps\): .* got dict"),
+        (lambda: q.taps(p), r"taps\(state\): .* got dict"),
+        (lambda: q.with_taps(p), r"with_taps\(state, taps\): .* got dict"),
+        (lambda: q.report(p), r"report\(state\): .* got dict"),
+        (lambda: apt.value_and_grad(q, plain), "loss_fn must be a function, got AptFunction"),
+        (lambda: apt.value_and_grad(plain, q.apply), "q must be made by apt_quantize, got method"),
+        (lambda: apt.value_and_grad(plain, q)(state, p), r"takes \(variables, state, ...\): .* got dict"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_integer_inputs_name_the_users_line(dtype, promotion_as_users_have_it):
+    q = apt.apt_quantize(lambda p, x: x @ p["w"])
+    words = rf"layer w: dot_general at .*test_transform.py:\d+ .* has {jnp.dtype(dtype)} values; .*Cast them"
+    with pytest.raises(TypeError, match=words):
+        q.init({"w": normal(0, 3, 3)}, jnp.ones((2, 3), dtype))
 
 
 def test_state_of_another_model_is_named():
@@ -456,8 +491,26 @@ def test_forward_mode_is_refused():
     p, x = two_layers(), normal(2, 4, 5)
     q = apt.apt_quantize(plain)
     state = q.init(p, x)
-    with pytest.raises(TypeError, match="no forward-mode derivative"):
-        jax.jvp(lambda x: q.apply(p, state, x), (x,), (x,))
+    for derivative in (lambda f: jax.jvp(f, (x,), (x,)), lambda f: jax.jacfwd(f)(x)):
+        with pytest.raises(TypeError, match="no forward-mode derivative"):
+            derivative(lambda x: q.apply(p, state, x))
+        with pytest.raises(TypeError, match="forward-mode autodiff"):  # through jit, JAX's own words
+            derivative(jax.jit(lambda x: q.apply(p, state, x)))
+
+
+def test_second_derivatives_are_refused_rather_than_zero():
+    p, x = two_layers(), normal(2, 4, 5)
+    q = apt.apt_quantize(plain, backend="xla")
+    state = q.init(p, x)
+
+    def fn(x):
+        return jnp.sum(q.apply(p, state, x))
+
+    assert jax.eval_shape(jax.grad(fn), x).shape == x.shape
+    for second in (jax.hessian(fn), jax.grad(lambda x: jnp.sum(jax.grad(fn)(x) ** 2))):
+        for derivative in (second, jax.jit(second)):
+            with pytest.raises(TypeError, match="no second derivative"):
+                jax.eval_shape(derivative, x)
 
 
 def test_native_that_cannot_run_is_an_error_and_auto_says_why(monkeypatch):
@@ -511,6 +564,39 @@ def test_nonfinite_values_propagate_and_leave_the_state_alone(backend, bad):
     assert not jnp.all(jnp.isfinite(grads["a"]["kernel"]))
     (_, y), _, again = step(p, after, x)
     assert jnp.all(jnp.isfinite(y)) and again["a"]["x"].updates == 2
+
+
+@pytest.mark.parametrize("tensor", ["x", "w", "dy"])
+def test_nonfinite_values_of_each_tensor_are_counted_and_keep_its_format(tensor):
+    p, x = two_layers(), normal(2, 4, 5)
+    q = apt.apt_quantize(plain, backend=BACKENDS[-1])
+
+    def loss_fn(p, state, x, weight):
+        return jnp.sum(q.apply(p, state, x) * weight)
+
+    step = jax.jit(apt.value_and_grad(loss_fn, q))
+    weight = normal(3, 4, 5)
+    _, _, good = step(p, q.init(p, x), x, weight)
+    values = {"x": x, "w": p["b"]["kernel"], "dy": weight}
+    values[tensor] = values[tensor].at[1, 1].set(jnp.nan).at[2, 3].set(jnp.inf)
+    bad = p | {"b": {"kernel": values["w"]}}
+    _, _, after = step(bad, good, values["x"], values["dy"])
+    layer = "a" if tensor == "x" else "b"
+    assert after[layer][tensor].nonfinite == 2
+    for field in ("bits", "exponent", "range_average", "updates"):
+        assert getattr(after[layer][tensor], field) == getattr(good[layer][tensor], field)
+    assert f"{layer}: 2 NaN or infinite values in {tensor}" in str(q.report(after))
+    loss, grads, again = step(p, after, x, weight)
+    assert jnp.isfinite(loss) and jax.tree.all(jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads))
+    assert again[layer][tensor].updates == 2 and again[layer][tensor].nonfinite == 2
+
+
+def test_no_tracer_leaks(leak_checks):
+    p, x = two_layers(), normal(2, 4, 5)
+    for fn in (through_nesting, through_custom_jvp):
+        q = apt.apt_quantize(fn, backend="xla")
+        step = apt.value_and_grad(lambda p, s, q=q: jnp.sum(q.apply(p, s, x)), q)
+        assert jax.eval_shape(step, p, q.init(p, x))[0].shape == ()
 
 
 def test_no_unexpected_warnings():

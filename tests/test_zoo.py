@@ -16,10 +16,13 @@ from scipy import stats
 import jax_apt as apt
 from jax_apt.zoo import cli, environment, tables
 from jax_apt.zoo.compare import compare_network, merge_reports, paired_difference
+from jax_apt.zoo.metrics import top1
 from jax_apt.zoo.networks import NETWORKS
+from jax_apt.zoo.precisions import PRECISIONS, Settings
 from jax_apt.zoo.runs import Runs, write_whole
-from jax_apt.zoo.tasks import TASKS, distort, load_digits, top1
-from jax_apt.zoo.trainer import PRECISIONS, Settings, Trainer, count_steps
+from jax_apt.zoo.tasks import TASKS
+from jax_apt.zoo.tasks.digits import distort, load_digits
+from jax_apt.zoo.trainer import Trainer, count_steps
 
 pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
 
@@ -79,7 +82,7 @@ def test_digits_split_holds_out_another_tenth_for_each_seed():
 
 
 def test_digits_never_test_on_a_training_image(monkeypatch):
-    monkeypatch.setattr("jax_apt.zoo.tasks.distort", lambda images, rng: images)
+    monkeypatch.setattr("jax_apt.zoo.tasks.digits.distort", lambda images, rng: images)
     for seed in (0, 9):
         data = load_digits(seed)
         both = np.concatenate([data.train_inputs, data.test_inputs])
@@ -94,7 +97,7 @@ def test_digits_repeat_from_the_tenth_seed_on():
 
 
 def test_distort_moves_by_at_most_a_pixel(monkeypatch):
-    monkeypatch.setattr("jax_apt.zoo.tasks.NOISE", 0.0)
+    monkeypatch.setattr("jax_apt.zoo.tasks.digits.NOISE", 0.0)
     image = np.zeros((200, 8, 8, 1), np.float32)
     image[:, 4, 4] = 1
     _, rows, columns, _ = np.nonzero(distort(image, np.random.default_rng(0)))
@@ -107,9 +110,9 @@ def test_score_of_outputs_that_are_not_finite_is_zero():
     assert top1(logits * np.nan, labels * 0) == 0
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("name", TASKS["digits"].networks)
 def test_every_network_is_quantized_as_a_whole(name):
-    data, model = TASKS["digits"].load(0), NETWORKS[name](10)
+    data, model = TASKS["digits"].load(0), NETWORKS[name].small(10)
     example = data.train_inputs[:4]
     variables = jax.eval_shape(model.init, jax.random.key(0), example)
     report = apt.apt_quantize(model.apply, backend="xla")
@@ -124,7 +127,7 @@ def test_every_network_is_quantized_as_a_whole(name):
 
 def test_pairs_start_from_the_same_values_and_see_the_same_batches(trainer):
     data = trainer.task.load(3)
-    starts = [trainer.start(3, precision, data)[:2] for precision in PRECISIONS]
+    starts = [trainer.start(3, precision, data)[0] for precision in PRECISIONS]
     jax.tree.map(np.testing.assert_array_equal, *starts)
     first, second = (list(trainer.task.load(3).batches(400, 3, 0)) for _ in PRECISIONS)
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -136,7 +139,7 @@ def test_seeds_and_epochs_differ(trainer):
     batches = [next(data.batches(64, *at))[0] for at in ((0, 0), (0, 1), (1, 0))]
     assert not np.array_equal(batches[0], batches[1])
     assert not np.array_equal(batches[0], batches[2])
-    starts = [jax.tree.leaves(trainer.start(seed, "float32", data)[0]) for seed in (0, 1)]
+    starts = [jax.tree.leaves(trainer.start(seed, "float32", data)[0].params) for seed in (0, 1)]
     assert any(not np.array_equal(a, b) for a, b in zip(*starts, strict=True))
 
 
@@ -250,6 +253,7 @@ def test_a_run_is_found_again_by_equal_settings_alone(tmp_path):
         "widths": (8, 16),
         "backend": "xla",
         "initial_fraction": 0.1,
+        "warmup": 0.5,
     }
     assert set(others) == set(Settings().to_dict()) - {"task"}
     for name, value in others.items():

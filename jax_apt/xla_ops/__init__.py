@@ -1,24 +1,30 @@
 """Fixed-point products on integer instructions: XLA custom calls for the CPU.
 
-    gemm    batched matrix product of integer codes, or of float32 quantized while it is packed
+    quantize   float32 -> limb planes: byte i of (code + 2**(8 * limbs - 1)), limbs = ceil(bits / 8)
+    product    one of the three products of a convolution, or of a matrix product, of such planes
 
 The shared library is built with the package and registered when it is first needed; without it, as in a
 portable installation, `is_available` is False and `unavailable_reason` says why. The environment variable
-JAX_APT_ISA forces an instruction set: scalar, avx2 or avx512vnni.
+JAX_APT_ISA forces an instruction set: amx, avx512vnni, avxvnni, avx2 or scalar.
 """
 
 import ctypes
 import functools
+import math
 import os
 import pathlib
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 _LIBRARY = pathlib.Path(__file__).with_name("libjax_apt_xla_ops.so")
-_GEMM = "jax_apt_gemm"
-_OPERAND_DTYPES = ("float32", "int8", "int16", "int32")
+_TARGETS = ("jax_apt_product", "jax_apt_quantize")
+_KINDS = ("forward", "input_gradient", "filter_gradient")
+
+Kind = Literal["forward", "input_gradient", "filter_gradient"]
 
 
 @functools.cache
@@ -28,7 +34,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "the compiled library is not there: a portable installation, or a checkout not built"
     try:
         library = ctypes.CDLL(str(_LIBRARY))
-        target = jax.ffi.pycapsule(library.jax_apt_gemm)
+        targets = {name: jax.ffi.pycapsule(getattr(library, name)) for name in _TARGETS}
         library.jax_apt_isa.restype = ctypes.c_char_p
         library.jax_apt_available_isas.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:  # not a library, or one of another version
@@ -36,7 +42,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if library.jax_apt_isa() is None:
         names = library.jax_apt_available_isas().decode()
         return None, f"JAX_APT_ISA={os.environ['JAX_APT_ISA']!r} cannot run here; available: {names}"
-    jax.ffi.register_ffi_target(_GEMM, target, platform="cpu")
+    for name, target in targets.items():
+        jax.ffi.register_ffi_target(name, target, platform="cpu")
     return library, ""
 
 
@@ -67,62 +74,136 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def gemm(
-    lhs: Array,
-    rhs: Array,
-    formats: Array,
-    *,
-    lhs_transposed: bool = False,
-    rhs_transposed: bool = False,
-    isa: str = "auto",
-) -> Array:
-    """Exact fixed-point matrix product.
-
-        out = float32(sum over k of code(lhs) * code(rhs)) * 2**(lhs_exponent + rhs_exponent)
-
-    The sum is exact and rounded once. The least integer of a code's dtype, or a NaN or infinity in a
-    float32 operand, makes its row or column of the result NaN.
-
-    Args:
-      lhs: (..., M, K), or (..., K, M) if `lhs_transposed`. int8, int16 or int32 codes, or float32, which
-        is quantized on the way: clip(round_half_even(x / 2**exponent)).
-      rhs: (..., K, N), or (..., N, K) if `rhs_transposed`; likewise.
-      formats: int32 (..., 4): lhs bits, lhs exponent, rhs bits, rhs exponent. Run-time values; bits in
-        2..24 bound the codes. Leading dimensions, if any, are the first of the operands' batch.
-      isa: instruction set, "auto" or one of `available_isas()`.
-
-    Returns:
-      float32 (..., M, N).
-
-    Raises:
-      ValueError: shapes do not agree, or an ISA cannot run here.
-      TypeError: a dtype is not supported.
-      RuntimeError: the library is not available.
-    """
+def _check_isa(isa: str) -> None:
     _library()
     if isa != "auto" and isa not in available_isas():
         raise ValueError(f"isa must be auto or one of {', '.join(available_isas())}; got {isa!r}")
-    out_shape = _check(lhs, rhs, formats, lhs_transposed, rhs_transposed)
-    call = jax.ffi.ffi_call(_GEMM, jax.ShapeDtypeStruct(out_shape, jnp.float32), vmap_method="broadcast_all")
-    return call(lhs, rhs, formats, lhs_transposed=lhs_transposed, rhs_transposed=rhs_transposed, isa=isa)
 
 
-def _check(lhs, rhs, formats, lhs_transposed, rhs_transposed) -> tuple[int, ...]:
-    """Shape of the result; raises if the operands do not fit together."""
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if x.dtype.name not in _OPERAND_DTYPES:
-            raise TypeError(f"gemm: {name} must be {', '.join(_OPERAND_DTYPES)}; got {x.dtype}")
-        if x.ndim < 2:
-            raise ValueError(f"gemm: {name} needs at least 2 dimensions, got shape {x.shape}")
-    if formats.dtype != jnp.int32:
-        raise TypeError(f"gemm: formats must be int32, got {formats.dtype}")
-    batch = lhs.shape[:-2]
-    if rhs.shape[:-2] != batch:
-        raise ValueError(f"gemm: batch of lhs {batch} != batch of rhs {rhs.shape[:-2]}")
-    if formats.shape[-1:] != (4,) or formats.shape[:-1] != batch[: formats.ndim - 1]:
-        raise ValueError(f"gemm: formats have shape {formats.shape}; with batch {batch}, (4,) is enough")
-    m, k = lhs.shape[-2:][::-1] if lhs_transposed else lhs.shape[-2:]
-    rhs_k, n = rhs.shape[-2:][::-1] if rhs_transposed else rhs.shape[-2:]
-    if k != rhs_k:
-        raise ValueError(f"gemm: depth of lhs {k} != depth of rhs {rhs_k}")
-    return (*batch, m, n)
+# Quantization
+
+
+def limb_count(bits: int) -> int:
+    """Planes that hold codes of a width: one for every 8 bits."""
+    return math.ceil(bits / 8)
+
+
+def quantize(x: Array, bits, exponent, *, limbs: int, isa: str = "auto") -> tuple[Array, Array]:
+    """Limb planes of clip(round_half_even(x / 2**exponent), +-(2**(bits-1) - 1)).
+
+    Args:
+      x: float32, any shape.
+      bits: int32 scalar, 2..8 * limbs; a run-time value. Only the planes that it needs are written.
+      exponent: int32 scalar, -126..126.
+      limbs: planes of the result, 1..3.
+      isa: instruction set, "auto" or one of `available_isas()`.
+
+    Returns:
+      (uint8 planes `(limbs, *x.shape)`, float32 scalar: how many values were NaN or infinite; their bytes
+      are 0 in every plane).
+
+    Raises:
+      ValueError: `limbs` is not 1, 2 or 3, or an ISA cannot run here.
+      TypeError: `x` is not float32.
+      RuntimeError: the library is not available.
+    """
+    _check_isa(isa)
+    if limbs not in (1, 2, 3):
+        raise ValueError(f"quantize: limbs must be 1, 2 or 3, got {limbs!r}")
+    if x.dtype != jnp.float32:
+        raise TypeError(f"quantize: x must be float32, got {x.dtype}")
+    formats = jnp.stack([jnp.asarray(bits, jnp.int32), jnp.asarray(exponent, jnp.int32)])
+    results = (
+        jax.ShapeDtypeStruct((limbs, *x.shape), jnp.uint8),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+    call = jax.ffi.ffi_call("jax_apt_quantize", results, vmap_method="broadcast_all")
+    planes, nonfinite = call(x, formats, isa=isa)
+    return planes, nonfinite
+
+
+# Products
+
+
+class Geometry(NamedTuple):
+    """A convolution y = x * w of three spatial dimensions; those that a product lacks have size 1.
+
+        y[n, o] = sum over taps t of x[n, o * stride + t * dilation - pad] . w[t]
+
+    x: (matrices, batch, *inputs, in_channels); w: (matrices, *window, in_channels / groups, out_channels);
+    y: (matrices, batch, *outputs, out_channels). A batch of matrix products (matrices, M, K) x (matrices,
+    K, N) has M as its last spatial dimension, K input and N output channels.
+    """
+
+    matrices: int
+    batch: int
+    inputs: tuple[int, int, int]
+    outputs: tuple[int, int, int]
+    window: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    pad: tuple[int, int, int]  # before the first pixel; negative crops
+    dilation: tuple[int, int, int]
+    groups: int
+    in_channels: int
+    out_channels: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of x, w and y."""
+        inner = self.in_channels // self.groups
+        return {
+            "x": (self.matrices, self.batch, *self.inputs, self.in_channels),
+            "w": (self.matrices, *self.window, inner, self.out_channels),
+            "y": (self.matrices, self.batch, *self.outputs, self.out_channels),
+        }
+
+    def numbers(self) -> np.ndarray:
+        """As the custom call takes it."""
+        return np.hstack([np.asarray(value, np.int64) for value in self])
+
+
+_OPERANDS = {"forward": "xwy", "input_gradient": "ywx", "filter_gradient": "xyw"}  # lhs, rhs, result
+
+
+def product(
+    kind: Kind, geometry: Geometry, lhs: Array, rhs: Array, formats: Array, *, isa: str = "auto"
+) -> Array:
+    """One of the three products of a convolution, exact.
+
+        forward          (x, w) -> y
+        input_gradient   (dy, w) -> dx
+        filter_gradient  (x, dy) -> dw
+
+    Every element of the result is the exact sum of products of codes, rounded once to float32, times
+    2**(lhs_exponent + rhs_exponent). Planes must mark no value as not finite.
+
+    Args:
+      kind: which product.
+      geometry: of the convolution whose product it is.
+      lhs, rhs: uint8 limb planes `(limbs, *shape)`, shapes as `geometry.shapes()` has them.
+      formats: int32 (4,): lhs bits, lhs exponent, rhs bits, rhs exponent. Run-time values.
+      isa: instruction set, "auto" or one of `available_isas()`.
+
+    Returns:
+      float32, shape as `geometry.shapes()` has it.
+
+    Raises:
+      ValueError: a shape, a kind or an ISA is wrong.
+      TypeError: a dtype is wrong.
+      RuntimeError: the library is not available.
+    """
+    _check_isa(isa)
+    if kind not in _KINDS:
+        raise ValueError(f"product: kind must be one of {', '.join(_KINDS)}; got {kind!r}")
+    shapes = geometry.shapes()
+    *operands, result = (shapes[role] for role in _OPERANDS[kind])
+    for name, planes, shape in zip(("lhs", "rhs"), (lhs, rhs), operands, strict=True):
+        if planes.dtype != jnp.uint8:
+            raise TypeError(f"product: {name} must be uint8 limb planes, got {planes.dtype}")
+        if planes.shape[1:] != shape:
+            raise ValueError(f"product: {name} has planes of shape {planes.shape[1:]}, not {shape}")
+    if formats.dtype != jnp.int32 or formats.shape != (4,):
+        raise TypeError(f"product: formats must be int32 (4,), got {formats.dtype} {formats.shape}")
+    call = jax.ffi.ffi_call(
+        "jax_apt_product", jax.ShapeDtypeStruct(result, jnp.float32), vmap_method="broadcast_all"
+    )
+    return call(lhs, rhs, formats, kind=_KINDS.index(kind), geometry=geometry.numbers(), isa=isa)

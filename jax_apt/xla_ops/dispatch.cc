@@ -4,19 +4,51 @@
 #include <cstring>
 #include <string>
 #include <vector>
+#if defined(JAX_APT_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace jax_apt {
 namespace {
+
+#ifdef JAX_APT_X86
+// The kernel saves the tile registers only of processes that asked for them.
+bool IsAmxPermitted() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool HasCpuidBit(unsigned leaf, unsigned subleaf, int reg, int bit) {
+  unsigned r[4] = {};
+  __asm__("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(subleaf));
+  return (r[reg] >> bit & 1) != 0;
+}
+#endif
 
 std::vector<const Kernels*> Detect() {
   std::vector<const Kernels*> found;
 #ifdef JAX_APT_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni"))
-    found.push_back(&kAvx512VnniKernels);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2Kernels);
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+  const bool has_leaf7 = [] {
+    unsigned a = 0, b, c, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "=c"(c), "=d"(d));
+    return a >= 7;
+  }();
+  // Leaf 7: edx bits 24 and 25 are AMX tiles and AMX-INT8; subleaf 1, eax bit 4 is AVX-VNNI.
+  const bool has_amx = has_vnni && has_leaf7 && HasCpuidBit(7, 0, 3, 24) && HasCpuidBit(7, 0, 3, 25);
+  if (has_amx && IsAmxPermitted()) found.push_back(&kAmxKernels);
+  if (has_vnni) found.push_back(&kAvx512VnniKernels);
+  if (has_avx2 && has_leaf7 && HasCpuidBit(7, 1, 0, 4)) found.push_back(&kAvxVnniKernels);
+  if (has_avx2) found.push_back(&kAvx2Kernels);
 #endif
   found.push_back(&kScalarKernels);
   return found;

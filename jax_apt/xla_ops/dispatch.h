@@ -2,7 +2,7 @@
 #ifndef JAX_APT_XLA_OPS_DISPATCH_H_
 #define JAX_APT_XLA_OPS_DISPATCH_H_
 
-#include "gemm.h"
+#include "product.h"
 
 namespace jax_apt {
 

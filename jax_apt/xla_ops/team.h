@@ -9,7 +9,7 @@
 #include <thread>
 #include <utility>
 
-#include "gemm.h"
+#include "product.h"
 
 namespace jax_apt {
 

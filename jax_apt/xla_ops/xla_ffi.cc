@@ -1,9 +1,11 @@
 // XLA's view of the kernels: unpacks and validates buffers, and exports the FFI handlers.
+#include <atomic>
 #include <string>
 #include <vector>
 
-#include "batch.h"
+#include "call.h"
 #include "dispatch.h"
+#include "run.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -12,90 +14,116 @@ namespace ffi = xla::ffi;
 namespace jax_apt {
 namespace {
 
-bool ToDType(ffi::DataType type, DType* dtype, int64_t* bytes) {
-  switch (type) {
-    case ffi::DataType::F32: *dtype = DType::kF32, *bytes = 4; return true;
-    case ffi::DataType::S8: *dtype = DType::kS8, *bytes = 1; return true;
-    case ffi::DataType::S16: *dtype = DType::kS16, *bytes = 2; return true;
-    case ffi::DataType::S32: *dtype = DType::kS32, *bytes = 4; return true;
-    default: return false;
-  }
+constexpr int64_t kSerialValues = 1 << 15;  // quantized on the calling thread alone
+
+ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument(message); }
+
+Team MakeTeam(ffi::ThreadPool& pool, bool is_serial) {
+  return Team(is_serial ? 1 : static_cast<int>(pool.num_threads()),
+              [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); });
 }
 
-// A stack of matrices.
-struct Matrices {
-  DType dtype;
-  int64_t bytes, batch, rows, columns;  // rows and columns as stored
+ffi::Error FindIsa(const char* op, std::string_view isa, const Kernels** kernels) {
+  *kernels = FindKernels(std::string(isa).c_str());
+  if (*kernels != nullptr) return ffi::Error::Success();
+  return Invalid(std::string(op) + ": ISA '" + std::string(isa) +
+                 "' (or JAX_APT_ISA) cannot run here; available: " + AvailableIsas());
+}
+
+// ---- Product
+
+ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs, ffi::Buffer<ffi::U8> rhs,
+                       ffi::Buffer<ffi::S32> formats, ffi::ResultBuffer<ffi::F32> out, int64_t kind,
+                       ffi::Span<const int64_t> geometry, std::string_view isa) {
+  Call call;
+  if (const char* error = call.Read(kind, geometry.begin(), static_cast<int64_t>(geometry.size())))
+    return Invalid(std::string("product: ") + error);
+  const Kernels* kernels;
+  if (auto error = FindIsa("product", isa, &kernels); error.failure()) return error;
+  const int64_t batch = static_cast<int64_t>(formats.element_count()) / 4;
+  const auto lhs_size = static_cast<int64_t>(lhs.element_count());
+  const auto rhs_size = static_cast<int64_t>(rhs.element_count());
+  if (static_cast<int64_t>(out->element_count()) != batch * call.matrices * call.OutSize())
+    return Invalid("product: the result has " + std::to_string(out->element_count()) + " elements, not " +
+                   std::to_string(batch * call.matrices * call.OutSize()));
+  if (out->element_count() == 0) return ffi::Error::Success();
+  std::vector<Product> products;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* f = formats.typed_data() + 4 * b;
+    const Product checked{call.kind, call.geometry, {{}, f[0], f[1]}, {{}, f[2], f[3]}, nullptr};
+    int64_t value;
+    if (const char* error = FindError(checked, &value))
+      return Invalid(std::string("product: ") + error + ", got " + std::to_string(value));
+    const int64_t lhs_bytes = call.matrices * call.LhsSize(), rhs_bytes = call.matrices * call.RhsSize();
+    if (lhs_size < batch * lhs_bytes * LimbCount(f[0]) || rhs_size < batch * rhs_bytes * LimbCount(f[2]))
+      return Invalid("product: " + std::to_string(f[0]) + " x " + std::to_string(f[2]) +
+                     " bits need more planes than the operands have");
+    for (int64_t i = 0; i < call.matrices; ++i)
+      products.push_back(call.At(i, lhs.typed_data() + b * (lhs_size / batch),
+                                 rhs.typed_data() + b * (rhs_size / batch), f,
+                                 out->typed_data() + b * call.matrices * call.OutSize()));
+  }
+  const double multiply_adds = MultiplyAdds(products[0]) * static_cast<double>(products.size());
+  Team team = MakeTeam(pool, multiply_adds < kSerialMultiplyAdds);
+  if (RunProducts(*kernels, products, team)) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "product: no memory for scratch");
+}
+
+// ---- Quantization
+
+struct QuantizeTasks {
+  const Kernels& kernels;
+  const float* x;
+  const int32_t* formats;
+  uint8_t* planes;
+  int64_t count, limbs;  // of one tensor
+  int64_t chunk, chunks;
+  std::atomic<int64_t>* nonfinite;
+
+  static void Run(void* context, int64_t task, int) {
+    const auto& self = *static_cast<const QuantizeTasks*>(context);
+    const int64_t b = task / self.chunks, start = task % self.chunks * self.chunk;
+    const int64_t bad = self.kernels.quantize(
+        self.x + b * self.count + start, std::min(self.chunk, self.count - start), self.formats[2 * b],
+        self.formats[2 * b + 1], self.planes + b * self.limbs * self.count + start, self.count);
+    if (bad != 0) self.nonfinite[b].fetch_add(bad, std::memory_order_relaxed);
+  }
 };
 
-ffi::Error Unpack(const ffi::AnyBuffer& buffer, const char* name, Matrices* out) {
-  const auto dims = buffer.dimensions();
-  if (dims.size() < 2)
-    return ffi::Error::InvalidArgument(std::string("gemm: ") + name + " needs at least 2 dimensions");
-  if (!ToDType(buffer.element_type(), &out->dtype, &out->bytes))
-    return ffi::Error::InvalidArgument(std::string("gemm: ") + name +
-                                       " must be float32, int8, int16 or int32");
-  out->batch = 1;
-  for (size_t i = 0; i + 2 < dims.size(); ++i) out->batch *= dims[i];
-  out->rows = dims[dims.size() - 2];
-  out->columns = dims[dims.size() - 1];
-  return ffi::Error::Success();
-}
-
-// All threads of XLA's pool if there is work for them.
-int Workers(const ffi::ThreadPool& pool, double multiply_adds) {
-  return multiply_adds < kSerialMultiplyAdds ? 1 : static_cast<int>(pool.num_threads());
-}
-
-ffi::Error RunOnPool(const Kernels& kernels, const std::vector<Gemm>& gemms, ffi::ThreadPool& pool) {
-  const Gemm& g = gemms[0];
-  const double multiply_adds = static_cast<double>(g.m) * g.n * g.k * gemms.size();
-  Team team(Workers(pool, multiply_adds),
-            [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); });
-  if (RunBatch(kernels, gemms, team)) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "gemm: no memory for scratch");
-}
-
-ffi::Error GemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
-                    ffi::Buffer<ffi::S32> formats, ffi::ResultBuffer<ffi::F32> out, bool lhs_transposed,
-                    bool rhs_transposed, std::string_view isa) {
-  Matrices a, b;
-  if (auto error = Unpack(lhs, "lhs", &a); error.failure()) return error;
-  if (auto error = Unpack(rhs, "rhs", &b); error.failure()) return error;
-  const int64_t m = lhs_transposed ? a.columns : a.rows, k = lhs_transposed ? a.rows : a.columns;
-  const int64_t n = rhs_transposed ? b.rows : b.columns, rhs_k = rhs_transposed ? b.columns : b.rows;
-  if (k != rhs_k)
-    return ffi::Error::InvalidArgument("gemm: depth of lhs " + std::to_string(k) + " != depth of rhs " +
-                                       std::to_string(rhs_k));
-  const int64_t format_count = static_cast<int64_t>(formats.element_count()) / 4;
-  if (a.batch != b.batch || static_cast<int64_t>(out->element_count()) != a.batch * m * n)
-    return ffi::Error::InvalidArgument("gemm: batch of lhs " + std::to_string(a.batch) + ", of rhs " +
-                                       std::to_string(b.batch) + " and the result do not agree");
-  if (a.batch == 0) return ffi::Error::Success();
-  if (format_count == 0 || a.batch % format_count != 0)
-    return ffi::Error::InvalidArgument("gemm: " + std::to_string(format_count) + " formats for a batch of " +
-                                       std::to_string(a.batch));
-  const Kernels* kernels = FindKernels(std::string(isa).c_str());
-  if (kernels == nullptr)
-    return ffi::Error::InvalidArgument("gemm: ISA '" + std::string(isa) +
-                                       "' (or JAX_APT_ISA) cannot run here; available: " + AvailableIsas());
-
-  const auto* lhs_data = static_cast<const char*>(lhs.untyped_data());
-  const auto* rhs_data = static_cast<const char*>(rhs.untyped_data());
-  std::vector<Gemm> gemms(a.batch);
-  for (int64_t i = 0; i < a.batch; ++i) {
-    const int32_t* f = formats.typed_data() + i / (a.batch / format_count) * 4;
-    gemms[i] = {{lhs_data + i * m * k * a.bytes, a.dtype, lhs_transposed, f[0], f[1]},
-                {rhs_data + i * k * n * b.bytes, b.dtype, rhs_transposed, f[2], f[3]},
-                out->typed_data() + i * m * n,
-                m,
-                n,
-                k};
-    int64_t value;
-    if (const char* error = FindFormatError(gemms[i], &value))
-      return ffi::Error::InvalidArgument(std::string("gemm: ") + error + ", got " + std::to_string(value));
+ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> formats,
+                        ffi::ResultBuffer<ffi::U8> planes, ffi::ResultBuffer<ffi::F32> nonfinite,
+                        std::string_view isa) {
+  const Kernels* kernels;
+  if (auto error = FindIsa("quantize", isa, &kernels); error.failure()) return error;
+  const int64_t batch = static_cast<int64_t>(formats.element_count()) / 2;
+  const auto size = static_cast<int64_t>(x.element_count());
+  if (static_cast<int64_t>(nonfinite->element_count()) != batch || (batch != 0 && size % batch != 0))
+    return Invalid("quantize: " + std::to_string(batch) + " formats for " + std::to_string(size) + " values");
+  for (int64_t b = 0; b < batch; ++b) nonfinite->typed_data()[b] = 0;
+  if (size == 0) return ffi::Error::Success();
+  const int64_t limbs = static_cast<int64_t>(planes->element_count()) / size;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t bits = formats.typed_data()[2 * b], exponent = formats.typed_data()[2 * b + 1];
+    if (bits < 2 || bits > 8 * std::min<int64_t>(limbs, kMaxLimbs))
+      return Invalid("quantize: bits must be in 2.." + std::to_string(8 * limbs) + ", got " +
+                     std::to_string(bits));
+    if (exponent < -126 || exponent > 126)
+      return Invalid("quantize: exponent must be in -126..126, got " + std::to_string(exponent));
   }
-  return RunOnPool(*kernels, gemms, pool);
+  const int64_t count = size / batch, chunk = std::min<int64_t>(count, kSerialValues);
+  std::vector<std::atomic<int64_t>> bad(batch);
+  QuantizeTasks tasks{*kernels,
+                      x.typed_data(),
+                      formats.typed_data(),
+                      planes->typed_data(),
+                      count,
+                      limbs,
+                      chunk,
+                      (count + chunk - 1) / chunk,
+                      bad.data()};
+  MakeTeam(pool, size <= kSerialValues).Run(batch * tasks.chunks, QuantizeTasks::Run, &tasks);
+  for (int64_t b = 0; b < batch; ++b) nonfinite->typed_data()[b] = static_cast<float>(bad[b].load());
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -103,15 +131,24 @@ ffi::Error GemmImpl(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs
 
 #pragma GCC visibility push(default)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_gemm, jax_apt::GemmImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_product, jax_apt::ProductImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()         // lhs (..., M, K) or (..., K, M)
-                                  .Arg<ffi::AnyBuffer>()         // rhs (..., K, N) or (..., N, K)
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // formats (..., 4)
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // (..., M, N)
-                                  .Attr<bool>("lhs_transposed")
-                                  .Attr<bool>("rhs_transposed")
+                                  .Arg<ffi::Buffer<ffi::U8>>()   // lhs (batch, limbs, ...)
+                                  .Arg<ffi::Buffer<ffi::U8>>()   // rhs (batch, limbs, ...)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // formats (batch, 4)
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_quantize, jax_apt::QuantizeImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // x (batch, ...)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // formats (batch, 2)
+                                  .Ret<ffi::Buffer<ffi::U8>>()   // planes (batch, limbs, ...)
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // values that were not finite (batch)
                                   .Attr<std::string_view>("isa"));
 
 #pragma GCC visibility pop

@@ -1,4 +1,4 @@
-"""The command line: `jax-apt compare` trains in float32 and in adaptive fixed point."""
+"""The command line: `jax-apt compare`, `observe` and `train`."""
 
 import argparse
 import json
@@ -7,10 +7,11 @@ import pathlib
 import shlex
 import shutil
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 EXTRA = "pip install 'jax-apt[cli]'"
-EXTRA_PACKAGES = ("flax", "optax", "sklearn", "scipy", "matplotlib", "rich")
+DATA_EXTRA, DATA_PACKAGES = "pip install 'jax-apt[data]'", ("grain", "orbax", "PIL")
+EXTRA_PACKAGES = ("flax", "optax", "sklearn", "scipy", "matplotlib", "rich", "sacrebleu", "num2words")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options = _parser().parse_args(arguments)
-        return _compare(options, shlex.join(["jax-apt", *arguments]))
+        return options.function(options, shlex.join(["jax-apt", *arguments]))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRA_PACKAGES:
+        if package not in (*EXTRA_PACKAGES, *DATA_PACKAGES):
             raise
-        return _fail(f"jax-apt: the package {package!r} is missing; install the extra: {EXTRA}")
+        extra = DATA_EXTRA if package in DATA_PACKAGES else EXTRA
+        return _fail(f"jax-apt: the package {package!r} is missing; install the extra: {extra}")
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept, the same command goes on from there")
         return 130
@@ -55,14 +57,60 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=pathlib.Path, default=pathlib.Path("apt-compare"), help="folder to write to")
     add("--fresh", action="store_true", help="forget the finished runs in the folder")
     add("--json", action="store_true", help="print one JSON object alone on standard output")
+    compare.set_defaults(function=_compare)
+    _add_observe(commands)
+    _add_train(commands)
     return parser
+
+
+def _add_observe(commands) -> None:
+    from jax_apt.zoo.tasks.digits import DIGITS
+
+    observe = commands.add_parser(
+        "observe",
+        help="draw the paper's observations from a finished comparison",
+        description="Draws how ranges and widths of gradients differ by layer and settle, and what gradients "
+        "of 8 bits cost, from results.json; measures with --correlate how well three error measures foretell "
+        "the loss of accuracy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = observe.add_argument
+    add("--results", type=pathlib.Path, default=pathlib.Path("apt-compare"), help="folder of a comparison")
+    add("--out", type=pathlib.Path, default=pathlib.Path("apt-observe"), help="folder to write to")
+    add("--correlate", choices=DIGITS.networks, default=argparse.SUPPRESS, help="network to measure")
+    add("--epochs", type=_positive, default=DIGITS.recipe.epochs, help="of each training of --correlate")
+    observe.set_defaults(function=_observe)
+
+
+def _add_train(commands) -> None:
+    from jax_apt.config import BACKENDS
+    from jax_apt.zoo.precisions import ALL_PRECISIONS
+
+    train = commands.add_parser(
+        "train",
+        help="train a published recipe on real data",
+        description="Trains a network on a data set that is on this machine, as its paper does, on all "
+        "devices. Goes on from the last checkpoint in the output folder. Needs jax-apt[data].",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = train.add_argument
+    add("recipe", help="for example resnet50-imagenet; an unknown name lists all")
+    add("--data", type=pathlib.Path, required=True, help="folder of the data set")
+    add("--out", type=pathlib.Path, default=pathlib.Path("apt-train"), help="folder to write to")
+    add("--precision", choices=ALL_PRECISIONS, default="apt", help="of the products")
+    add("--size", choices=("published", "small"), default="published", help="of the network")
+    add("--epochs", type=_positive, default=argparse.SUPPRESS, help="other than the recipe's")
+    add("--batch-size", type=_positive, default=argparse.SUPPRESS, help="other than the recipe's")
+    add("--seed", type=int, default=0, help="of initial values, order and augmentation")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs integer products")
+    train.set_defaults(function=_train)
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     from jax_apt.config import BACKENDS, MODES
     from jax_apt.zoo.networks import NETWORKS
+    from jax_apt.zoo.precisions import ALL_PRECISIONS, Settings
     from jax_apt.zoo.tasks import TASKS
-    from jax_apt.zoo.trainer import Settings
 
     add, defaults = parser.add_argument, Settings()
     add("--task", choices=sorted(TASKS), default=defaults.task, help="what is learnt")
@@ -71,12 +119,27 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         choices=sorted(NETWORKS),
         action="append",
         default=argparse.SUPPRESS,
-        help="may be repeated; all if not given",
+        help="may be repeated; all of the task if not given",
+    )
+    add("--all", action="store_true", help="every task with every network at every precision")
+    add(
+        "--precision",
+        choices=ALL_PRECISIONS,
+        action="append",
+        default=argparse.SUPPRESS,
+        help="beside float32 and apt; may be repeated; apt-14: widths 8, 14, 16, 24; int8, int16: "
+        "gradients of that one width",
     )
     add("--seeds", type=_positive, default=5, help="pairs of runs per network")
-    add("--epochs", type=_positive, default=defaults.epochs, help="passes over the training data")
-    add("--batch-size", type=_positive, default=defaults.batch_size, help="examples per step")
-    add("--learning-rate", type=_rate, default=defaults.learning_rate, help="of Adam, at first")
+    hyper: dict[str, Any] = {"default": argparse.SUPPRESS}
+    add("--epochs", type=_positive, **hyper, help=f"passes over the data; {_recipes('epochs')}")
+    add("--batch-size", type=_positive, **hyper, help=f"examples per step; {_recipes('batch_size')}")
+    add(
+        "--learning-rate",
+        type=_rate,
+        **hyper,
+        help=f"of Adam, the greatest; {_recipes('learning_rate')}",
+    )
     add("--mode", choices=MODES, default=defaults.mode, help="how an update searches a width")
     add("--widths", type=_widths, default="8,16,24", help="ascending bit-widths of the gradients")
     add(
@@ -86,6 +149,13 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help="part of the first epoch in which APT adjusts at every step (published code: 0.1)",
     )
     add("--backend", choices=BACKENDS, default=defaults.backend, help="what runs integer products")
+
+
+def _recipes(name: str) -> str:
+    """The tasks' own values of a hyper-parameter, for the help."""
+    from jax_apt.zoo.tasks import TASKS
+
+    return "default: " + ", ".join(f"{getattr(t.recipe, name):g} ({t.name})" for t in TASKS.values())
 
 
 def _positive(text: str) -> int:
@@ -135,56 +205,89 @@ def _widths(text: str) -> tuple[int, ...]:
 
 def _compare(options: argparse.Namespace, command: str) -> int:
     # The whole extra is imported before the first step: no package may turn out missing at the end.
+    import num2words  # noqa: F401
+    import sacrebleu  # noqa: F401
+
     from jax_apt.zoo import environment, figures, tables
-    from jax_apt.zoo.networks import NETWORKS
-    from jax_apt.zoo.runs import Runs, write_whole
+    from jax_apt.zoo.compare import overall
+    from jax_apt.zoo.runs import write_whole
     from jax_apt.zoo.trainer import describe_config
 
-    settings = _settings(options)
-    problem = _find_problem(options, settings)
+    jobs = _jobs(options)
+    problem = _find_problem(options, jobs)
     if problem:
         return _fail(f"jax-apt compare: error: {problem}")
-    names = list(dict.fromkeys(getattr(options, "network", NETWORKS)))
-    machine, config = environment.describe(), describe_config(settings)
-    runs = Runs(options.out / "runs", {"settings": settings.to_dict(), "environment": machine})
-    entries = _run(names, settings, options.seeds, runs)
-    results = {
-        "command": command,
-        "environment": machine,
-        "settings": settings.to_dict() | {"seeds": options.seeds},
-        "config": config,
-        "networks": entries,
+    machine = environment.describe()
+    entries = _run(jobs, options, machine)
+    tasks = {
+        job.settings.task: {
+            "settings": job.settings.to_dict() | {"seeds": options.seeds},
+            "config": describe_config(job.settings),
+        }
+        for job in jobs
     }
+    about = {"tasks": tasks} if options.all else tasks[options.task]
+    results = {"command": command, "environment": machine, **about, "networks": entries}
+    results["overall"] = overall(entries)
     write_whole(options.out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_whole(options.out / "results.md", tables.markdown(entries, command, machine))
     for entry in entries:
         figures.draw(entry, options.out / f"{entry['name']}.png")
     if options.json:
         print(json.dumps(results | {"networks": [_without_history(e) for e in entries]}))
     else:
-        tables.print_tables(entries, config)
-        print(f"results.json and pictures are in {options.out}")
+        tables.print_tables(entries, {task: about["config"] for task, about in tasks.items()})
+        print(f"results.json, results.md and pictures are in {options.out}")
     return 0
 
 
-def _settings(options: argparse.Namespace):
-    from dataclasses import fields
+class _Job(NamedTuple):
+    """The networks of one task."""
 
-    from jax_apt.zoo.trainer import Settings
+    settings: Any
+    networks: list[str]
+    precisions: list[str]
 
-    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
 
-
-def _find_problem(options: argparse.Namespace, settings) -> str:
-    """Makes the folder ready; returns what is wrong, or ""."""
-    from jax_apt.plan import choose_backend
+def _jobs(options: argparse.Namespace) -> list[_Job]:
+    from jax_apt.zoo.precisions import ALL_PRECISIONS, PRECISIONS
     from jax_apt.zoo.tasks import TASKS
 
-    examples = len(TASKS[settings.task].load(0).train_labels)
-    if settings.batch_size > examples:
-        size = settings.batch_size
-        return f"argument --batch-size: {size} exceeds the {examples} training examples"
+    chosen = getattr(options, "precision", ALL_PRECISIONS if options.all else ())
+    precisions = [p for p in ALL_PRECISIONS if p in PRECISIONS or p in chosen]
+    jobs = []
+    for name in TASKS if options.all else [options.task]:
+        networks = getattr(options, "network", TASKS[name].networks)
+        jobs.append(_Job(_settings(options, name), list(dict.fromkeys(networks)), precisions))
+    return jobs
+
+
+def _settings(options: argparse.Namespace, task: str):
+    from dataclasses import fields
+
+    from jax_apt.zoo.precisions import Settings
+    from jax_apt.zoo.trainer import settings_for
+
+    names = {field.name for field in fields(Settings)} - {"task"}
+    return settings_for(task, **{name: getattr(options, name, None) for name in names})
+
+
+def _find_problem(options: argparse.Namespace, jobs: list[_Job]) -> str:
+    """Makes the folder ready; returns what is wrong, or ""."""
+    from jax_apt.plan import choose_backend
+    from jax_apt.zoo.trainer import count_examples
+
+    if options.all and hasattr(options, "network"):
+        return "argument --all: every network is meant; leave out --network"
+    for job in jobs:
+        problem = _find_misfit(job)
+        if problem:
+            return problem
+        examples, size = count_examples(job.settings.task), job.settings.batch_size
+        if size > examples:
+            return f"argument --batch-size: {size} exceeds the {examples} training examples"
     try:
-        choose_backend(settings.backend)
+        choose_backend(options.backend)
     except RuntimeError as error:
         return f"argument --backend: {error}"
     try:
@@ -196,18 +299,84 @@ def _find_problem(options: argparse.Namespace, settings) -> str:
     return ""
 
 
-def _run(names: list[str], settings, seeds: int, runs) -> list[dict[str, Any]]:
-    from jax_apt.zoo.compare import compare_network
-    from jax_apt.zoo.trainer import PRECISIONS, count_steps
+def _find_misfit(job: _Job) -> str:
+    from jax_apt.zoo.tasks import TASKS
 
-    steps = len(names) * seeds * len(PRECISIONS) * settings.epochs * count_steps(settings)
-    with _Progress(steps) as progress:
-        entries = [compare_network(n, settings, seeds, runs, progress.advance) for n in names]
+    task = TASKS[job.settings.task]
+    wrong = [name for name in job.networks if name not in task.networks]
+    if not wrong:
+        return ""
+    return f"argument --network: {wrong[0]} does not do the task {task.name}; {', '.join(task.networks)} do"
+
+
+def _run(jobs: list[_Job], options: argparse.Namespace, machine: dict) -> list[dict[str, Any]]:
+    from jax_apt.zoo.compare import compare_network
+    from jax_apt.zoo.runs import Runs
+    from jax_apt.zoo.trainer import count_steps
+
+    entries, seeds = [], options.seeds
+    total = sum(
+        len(job.networks) * seeds * len(job.precisions) * job.settings.epochs * count_steps(job.settings)
+        for job in jobs
+    )
+    damaged = []
+    with _Progress(total) as progress:
+        for job in jobs:
+            common = {"settings": job.settings.to_dict(), "environment": machine}
+            runs = Runs(options.out / "runs", common)
+            for name in job.networks:
+                entries.append(
+                    compare_network(name, job.settings, seeds, runs, progress.advance, job.precisions)
+                )
+            damaged += runs.damaged
     for entry in entries:
-        _report_reuse(entry, seeds * len(PRECISIONS), runs.folder)
-    for path in runs.damaged:
+        _report_reuse(entry, seeds * len(entry["seeds"]), options.out / "runs")
+    for path in damaged:
         print(f"{path} was damaged; it has been made anew", file=sys.stderr)
     return entries
+
+
+def _observe(options: argparse.Namespace, _: str) -> int:
+    from jax_apt.zoo import observations
+    from jax_apt.zoo.runs import write_whole
+    from jax_apt.zoo.trainer import settings_for
+
+    path = options.results / "results.json"
+    if not path.exists():
+        return _fail(f"jax-apt observe: error: argument --results: {path} is not there; run jax-apt compare")
+    options.out.mkdir(parents=True, exist_ok=True)
+    entries = json.loads(path.read_text())["networks"]
+    for entry in entries:
+        observations.draw_ranges(entry, options.out / f"ranges-{entry['name']}.png")
+    if not observations.draw_costs(entries, options.out / "costs.png"):
+        print("no costs.png: the comparison has no --precision int8", file=sys.stderr)
+    network = getattr(options, "correlate", None)
+    if network:
+        settings = settings_for("digits", epochs=options.epochs)
+        result = observations.correlate_errors(network, settings, lambda line: print(line, file=sys.stderr))
+        write_whole(options.out / f"correlation-{network}.json", json.dumps(result, indent=1))
+        observations.draw_correlation(result, options.out / f"correlation-{network}.png")
+    print(f"pictures are in {options.out}")
+    return 0
+
+
+def _train(options: argparse.Namespace, command: str) -> int:
+    from jax_apt.zoo import environment
+    from jax_apt.zoo.data.recipes import RECIPES
+    from jax_apt.zoo.data.training import Options, train
+    from jax_apt.zoo.runs import write_whole
+
+    if options.recipe not in RECIPES:
+        return _fail(f"jax-apt train: error: {options.recipe!r} is none of {', '.join(RECIPES)}")
+    chosen = {k: v for k, v in vars(options).items() if k not in ("command", "function")}
+    try:
+        result = train(Options(**chosen), lambda line: print(line, file=sys.stderr))
+    except (FileNotFoundError, ValueError) as error:
+        return _fail(f"jax-apt train: error: {error}")
+    record = {"command": command, "environment": environment.describe(), **result}
+    write_whole(options.out / "result.json", json.dumps(record, indent=1))
+    print(f"score {result['score']:.2f} after {result['steps']} steps; result.json is in {options.out}")
+    return 0
 
 
 def _report_reuse(entry: dict[str, Any], total: int, folder: pathlib.Path) -> None:

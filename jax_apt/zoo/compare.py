@@ -1,4 +1,4 @@
-"""float32 against adaptive fixed point over paired seeds, resumable run by run."""
+"""float32 against fixed point over paired seeds, resumable run by run."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,32 +6,39 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from jax_apt.zoo.precisions import PRECISIONS, Settings
 from jax_apt.zoo.runs import Runs
-from jax_apt.zoo.trainer import PRECISIONS, Settings, Trainer
+from jax_apt.zoo.trainer import Trainer
 
 Results = dict[str, list[dict[str, Any]]]  # precision -> one result of `Trainer.run` per seed
 
 
 def compare_network(
-    network: str, settings: Settings, seeds: int, runs: Runs, progress: Callable[[str, int], None]
+    network: str,
+    settings: Settings,
+    seeds: int,
+    runs: Runs,
+    progress: Callable[[str, int], None],
+    precisions: Sequence[str] = PRECISIONS,
 ) -> dict[str, Any]:
-    """Trains one network at both precisions with every seed and compares the scores.
+    """Trains one network at each precision with every seed and compares the scores.
 
     Args:
       network: name in `NETWORKS`.
       settings: what the runs share.
-      seeds: how many; seed k gives both precisions the same initial values, data and batches.
+      seeds: how many; seed k gives all precisions the same initial values, data and batches.
       runs: finished runs are read from here and new ones kept here.
       progress: called with (description, steps just finished).
+      precisions: names in `ALL_PRECISIONS`, "float32" and "apt" among them.
 
     Returns:
       The network's entry in the results; scores and differences in points.
     """
     trainer = Trainer(network, settings)
-    results: Results = {precision: [] for precision in PRECISIONS}
+    results: Results = {precision: [] for precision in precisions}
     reused = 0
     for seed in range(seeds):
-        for precision in PRECISIONS:
+        for precision in precisions:
             which = {"network": network, "seed": seed, "precision": precision}
             label = f"{network} seed {seed} {precision}"
             progress(label, 0)
@@ -44,34 +51,64 @@ def compare_network(
                 progress(label, settings.epochs * trainer.steps_per_epoch)
             results[precision].append(result)
     progress(f"{network} step times", 0)
-    times = _step_times(trainer, network, runs)
-    return _entry(network, settings, results) | {"step_ms": times, "reused_runs": reused}
+    times = _step_times(trainer, network, runs, precisions)
+    entry = _entry(network, settings, results) | {"metric": trainer.task.metric}
+    return entry | {"step_ms": times, "reused_runs": reused}
 
 
-def _step_times(trainer: Trainer, network: str, runs: Runs) -> dict[str, Any]:
-    which = {"network": network, "measurement": "step-times"}
+def _step_times(trainer: Trainer, network: str, runs: Runs, precisions: Sequence[str]) -> dict[str, Any]:
+    which = {"network": network, "measurement": "step-times", "precisions": "+".join(precisions)}
     times = runs.load(**which)
     if times is None:
-        times = trainer.step_times()
+        times = trainer.step_times(precisions)
         runs.save(times, **which)
     return times
 
 
 def _entry(network: str, settings: Settings, results: Results) -> dict[str, Any]:
-    scores = {p: [result["score"] for result in results[p]] for p in PRECISIONS}
-    reports = [result["report"] for result in results["apt"]]
+    scores = {p: [result["score"] for result in found] for p, found in results.items()}
     return {
         "name": network,
         "task": settings.task,
         "float32": float(np.mean(scores["float32"])),
         "apt": float(np.mean(scores["apt"])),
         "difference": paired_difference(scores["float32"], scores["apt"]),
-        "bits": merge_reports(reports),
-        "left_in_float": reports[0]["left_in_float"],
+        "bits": merge_reports([result["report"] for result in results["apt"]]),
+        "left_in_float": results["apt"][0]["report"]["left_in_float"],
         "seeds": scores,
-        "curves": {p: _curves(results[p]) for p in PRECISIONS},
+        "curves": {p: _curves(found) for p, found in results.items()},
         "history": results["apt"][0]["history"],
+        "others": {p: _other(scores, p, results[p]) for p in results if p not in PRECISIONS},
     }
+
+
+def _other(scores: dict[str, list[float]], precision: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """A precision beside float32 and APT, compared with float32."""
+    return {
+        "mean": float(np.mean(scores[precision])),
+        "difference": paired_difference(scores["float32"], scores[precision]),
+        "bits": merge_reports([result["report"] for result in results]),
+    }
+
+
+def overall(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per precision, the mean over networks of the mean difference from float32, and its interval."""
+    differences = {"apt": [entry["difference"]["mean"] for entry in entries]}
+    for name in entries[0]["others"]:
+        differences[name] = [entry["others"][name]["difference"]["mean"] for entry in entries]
+    return {name: paired_difference([0.0] * len(each), each) for name, each in differences.items()}
+
+
+def gradient_shares(bits: dict[str, Any]) -> dict[str, float]:
+    """Share of a training that the gradients spend at each width, each layer counting alike."""
+    tensors = [layer["tensors"]["dy"] for layer in bits.values()]
+    widths = sorted({width for t in tensors for width in t["share"]}, key=int)
+    return {w: float(np.mean([t["share"].get(w, 0.0) for t in tensors])) for w in widths}
+
+
+def gradient_interval(bits: dict[str, Any]) -> float:
+    """Training steps per update of a gradient, mean over the layers."""
+    return float(np.mean([layer["tensors"]["dy"]["mean_interval"] for layer in bits.values()]))
 
 
 def _curves(results: list[dict[str, Any]]) -> dict[str, list[list[float | None]]]:

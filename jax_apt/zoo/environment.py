@@ -13,7 +13,7 @@ import jax
 import jax_apt
 from jax_apt import xla_ops
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "sacrebleu", "num2words")
 
 
 @functools.cache

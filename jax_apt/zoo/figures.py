@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,14 +25,26 @@ def draw(entry: dict[str, Any], path: pathlib.Path) -> None:
     _draw_bits(axes["bits"], entry["history"])
     _draw_ranges(axes["range"], entry["history"])
     _draw_curves(axes["loss"], entry["curves"], "losses", "training loss (nats)")
-    _draw_curves(axes["score"], entry["curves"], "scores", "test score (%)")
+    _draw_curves(axes["score"], entry["curves"], "scores", f"test score ({_unit(entry['metric'])})")
     _use_log_scale(axes["loss"])
     for axis in axes.values():
         axis.grid(alpha=0.3)
-    handles, labels = axes["bits"].get_legend_handles_labels()
-    title = "layers (upper two pictures)"
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
+    _name_layers(figure, *axes["bits"].get_legend_handles_labels())
     figure.savefig(path)
+
+
+def _name_layers(figure: Figure, handles: list, labels: list[str]) -> None:
+    """A legend; of many layers it names some, whose colours run from the first to the last."""
+    title = "layers (upper two pictures)"
+    if len(labels) > len(LAYER_COLORS):
+        title = f"some of the {len(labels)} layers (upper two pictures), in order of depth"
+        some = np.linspace(0, len(labels) - 1, len(LAYER_COLORS) - 1).round().astype(int)
+        handles, labels = [handles[i] for i in some], [labels[i] for i in some]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
+
+
+def _unit(metric: str) -> str:
+    return "%" if metric == "top-1" else f"{metric}, points"
 
 
 def _draw_bits(axis: Axes, history: dict[str, Any]) -> None:
@@ -39,8 +52,9 @@ def _draw_bits(axis: Axes, history: dict[str, Any]) -> None:
     seen = (np.ravel(layer["bits"]).tolist() for layer in history.values())
     widths = sorted({8, 16}.union(*seen))
     for i, (name, layer) in enumerate(history.items()):
-        shift = 0.35 * (i - (len(history) - 1) / 2)
-        axis.plot(_per_step(layer["bits"]) + shift, color=_color(i), label=name, lw=1.6)
+        shift = min(0.35, 5 / len(history)) * (i - (len(history) - 1) / 2)
+        color = _color(i, len(history))
+        axis.plot(_per_step(layer["bits"]) + shift, color=color, label=name, lw=1.6)
     axis.set(ylabel="width (bits)", yticks=widths, ylim=(min(widths) - 3, max(widths) + 3))
     axis.set_title("width of each layer's gradient dY, seed 0 (lines shifted apart)", size=11)
 
@@ -48,7 +62,7 @@ def _draw_bits(axis: Axes, history: dict[str, Any]) -> None:
 def _draw_ranges(axis: Axes, history: dict[str, Any]) -> None:
     for i, layer in enumerate(history.values()):
         largest = _per_step(layer["exponent"]) + _per_step(layer["bits"]) - 1
-        axis.plot(largest, color=_color(i), lw=1)
+        axis.plot(largest, color=_color(i, len(history)), lw=1)
     axis.set(xlabel="training step", ylabel="log2 of the range")
     axis.set_title("range of dY: exponent + bits - 1, seed 0", size=11)
 
@@ -81,5 +95,6 @@ def _per_step(values: list) -> np.ndarray:
     return np.array(values).reshape(len(values), -1).max(1)
 
 
-def _color(i: int) -> str:
-    return LAYER_COLORS[i % len(LAYER_COLORS)]
+def _color(i: int, count: int):
+    """Distinct colours for a few layers, a scale from the first to the last for many."""
+    return LAYER_COLORS[i] if count <= len(LAYER_COLORS) else colormaps["viridis"](i / (count - 1))

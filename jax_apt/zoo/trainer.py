@@ -1,96 +1,32 @@
-"""One training run, in float32 or in adaptive fixed point, with everything else the same."""
+"""One training run at one precision, with everything else the same as at the others."""
 
+import functools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jax_apt as apt
 from jax_apt.zoo.networks import NETWORKS
+from jax_apt.zoo.precisions import (
+    ALL_PRECISIONS,
+    PRECISIONS,
+    Precision,
+    Settings,
+    adaptive_config,
+    make_precision,
+)
+from jax_apt.zoo.steps import Trained, make_forward, make_predictor, make_step, start
 from jax_apt.zoo.tasks import TASKS, Dataset
+from jax_apt.zoo.tasks.task import take
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All that a run depends on, apart from network, seed and precision."""
-
-    task: str = "digits"
-    epochs: int = 24
-    batch_size: int = 32
-    learning_rate: float = 1e-2  # at the start; it falls to 0 along a cosine
-    mode: Literal["grow", "restart"] = "grow"
-    widths: tuple[int, ...] = (8, 16, 24)
-    # Published code: 0.1, of an epoch of thousands of steps. 0.1 of the 50 steps here freezes
-    # formats while activations still grow, and they clip: one convnet of five seeds ends 27 points
-    # lower, another 4. The mlp (-0.3 points on average) and the resnet (+0.3) do not need it.
-    initial_fraction: float = 1.0
-    backend: apt.Backend = "auto"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"widths": list(self.widths)}
-
-
-# Precisions
-
-
-class Precision(NamedTuple):
-    """All in which the two runs of a pair differ."""
-
-    init: Callable  # (variables, inputs) -> state
-    apply: Callable  # (variables, state, inputs) -> outputs
-    value_and_grad: Callable  # loss_fn -> (variables, state) -> (loss, gradients, state)
-    report: Callable  # state -> report as a dictionary, or None
-
-
-def float32(apply: Callable) -> Precision:
-    """The function as it is; its state is None."""
-
-    def value_and_grad(loss_fn):
-        def with_state(variables, state):
-            return *jax.value_and_grad(loss_fn)(variables, state), state
-
-        return with_state
-
-    def ignoring_state(variables, state, inputs):
-        return apply(variables, inputs)
-
-    return Precision(lambda *_: None, ignoring_state, value_and_grad, lambda _: None)
-
-
-def adaptive(apply: Callable, settings: Settings, steps_per_epoch: int) -> Precision:
-    """The function in adaptive fixed point; its state is an `AptState`."""
-    quantized = apt.apt_quantize(
-        apply,
-        [apt.Rule("", grads=apt.Adaptive(*settings.widths))],
-        config=adaptive_config(settings, steps_per_epoch),
-        backend=settings.backend,
-    )
-    return Precision(
-        quantized.init,
-        quantized.apply,
-        lambda loss_fn: apt.value_and_grad(loss_fn, quantized),
-        lambda state: quantized.report(state).to_dict(),
-    )
-
-
-def adaptive_config(settings: Settings, steps_per_epoch: int) -> apt.Config:
-    """The method's constants: published ones, apart from what the settings name."""
-    return apt.Config(
-        steps_per_epoch=steps_per_epoch,
-        mode=settings.mode,
-        initial_fraction=settings.initial_fraction,
-    )
-
-
-PRECISIONS = ("float32", "apt")
-
-
-# Runs
+EVALUATED = 256  # test examples that are predicted at once
 
 
 class Trainer:
@@ -99,85 +35,84 @@ class Trainer:
     def __init__(self, network: str, settings: Settings):
         self.settings, self.task = settings, TASKS[settings.task]
         self.steps_per_epoch = count_steps(settings)
-        self.model = NETWORKS[network](self.task.outputs)
-        steps = settings.epochs * self.steps_per_epoch
-        self.optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, steps))
+        self.model = NETWORKS[network].small(self.task.outputs)
+        self.optimizer = optax.adam(schedule(settings, self.steps_per_epoch))
+        forward = make_forward(self.model)
         self.precisions = {
-            "float32": float32(self.model.apply),
-            "apt": adaptive(self.model.apply, settings, self.steps_per_epoch),
+            name: make_precision(name, forward, settings, self.steps_per_epoch) for name in ALL_PRECISIONS
         }
-        self.init = jax.jit(self.model.init)
-        self.steps = {p: self._compiled_step(self.precisions[p]) for p in PRECISIONS}
-        self.scores = {p: self._compiled_score(self.precisions[p]) for p in PRECISIONS}
+        self.steps = {name: self._step(precision) for name, precision in self.precisions.items()}
+        self.predictors = {
+            name: jax.jit(make_predictor(precision, self.task.predict))
+            for name, precision in self.precisions.items()
+        }
 
-    def _compiled_step(self, precision: Precision) -> Callable:
-        def step(variables, opt_state, state, inputs, labels):
-            def loss_fn(variables, state):
-                return self.task.loss(precision.apply(variables, state, inputs), labels)
-
-            loss, gradients, state = precision.value_and_grad(loss_fn)(variables, state)
-            updates, opt_state = self.optimizer.update(gradients, opt_state, variables)
-            return optax.apply_updates(variables, updates), opt_state, state, loss
-
+    def _step(self, precision: Precision) -> Callable:
         # The precision state is not donated: a run keeps all of them for its history.
-        return jax.jit(step, donate_argnums=(0, 1))
+        return jax.jit(make_step(precision, self.task.loss, self.optimizer), donate_argnums=0)
 
-    def _compiled_score(self, precision: Precision) -> Callable:
-        def score(variables, state, inputs, labels):
-            return self.task.score(precision.apply(variables, state, inputs), labels)
-
-        return jax.jit(score)
-
-    def start(self, seed: int, precision: str, data: Dataset):
-        """(variables, optimizer state, precision state); variables depend on the seed alone."""
-        example = data.train_inputs[: self.settings.batch_size]
-        variables = self.init(jax.random.key(seed), example)
-        state = self.precisions[precision].init(variables, example)
-        return variables, self.optimizer.init(variables), state
+    def start(self, seed: int, precision: str, data: Dataset) -> tuple[Trained, Any]:
+        """(parameters and the like, precision state); the former depend on the seed alone."""
+        example = take(data.test_inputs, np.arange(self.settings.batch_size) % EVALUATED)
+        key = jax.random.key(seed)
+        return start(self.model, self.precisions[precision], self.optimizer, key, example)
 
     def run(self, seed: int, precision: str, on_step: Callable[[], None]) -> dict[str, Any]:
         """Trains from scratch.
 
         Returns:
           "score" in points after the last epoch, "scores" and mean training "losses" by epoch (None
-          where not finite), and for "apt" the "report" and the "history" of the gradients' formats.
+          where not finite), and in fixed point the "report" and the "history" of the gradients' formats.
         """
-        data = self.task.load(seed)
-        current = self.start(seed, precision, data)
+        data, key = self.task.load(seed), jax.random.key(seed)
+        trained, state = self.start(seed, precision, data)
         scores, losses, states = [], [], []
         for epoch in range(self.settings.epochs):
             epoch_losses = []
             for batch in data.batches(self.settings.batch_size, seed, epoch):
-                *current, loss = self.steps[precision](*current, *batch)
+                number = jnp.int32(len(states))
+                trained, state, loss = self.steps[precision](trained, state, key, number, *batch)
                 epoch_losses.append(loss)
-                states.append(current[2])
+                states.append(state)
                 on_step()
             losses.append(float(np.mean(jax.device_get(epoch_losses))))
-            variables, _, state = current
-            test = (data.test_inputs, data.test_labels)
-            scores.append(float(self.scores[precision](variables, state, *test)))
+            scores.append(self.score(precision, trained, state, data))
         result = {"score": scores[-1], "scores": scores, "losses": list(map(_finite, losses))}
-        report = self.precisions[precision].report(current[2])
+        report = self.precisions[precision].report(state)
         return result if report is None else result | {"report": report, "history": history(states)}
 
-    def step_times(self, pairs: int = 200) -> dict[str, Any]:
+    def score(self, precision: str, trained: Trained, state, data: Dataset) -> float:
+        """The task's metric over the whole test set, in points."""
+        count, parts = len(jax.tree.leaves(data.test_labels)[0]), []
+        size = min(count, EVALUATED)
+        for first in range(0, count, size):
+            inputs = take(data.test_inputs, np.arange(first, first + size) % count)
+            part = self.predictors[precision](trained.params, trained.model_state, state, inputs)
+            parts.append(jax.device_get(part))
+        predicted = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+        return float(self.task.score(predicted, data.test_labels))
+
+    def step_times(self, precisions: Sequence[str] = PRECISIONS, pairs: int | None = None) -> dict[str, Any]:
         """Wall time of the compiled step at each precision, in milliseconds.
 
-        Both train with seed 0; from half of the training on, one step of each is timed in turn.
+        All train with seed 0; after a warm-up of half of the training, at most three times as many
+        steps as are timed, one step of each is timed in turn.
         """
-        data = self.task.load(0)
-        current = {p: list(self.start(0, p, data)) for p in PRECISIONS}
-        milliseconds: dict[str, list[float]] = {p: [] for p in PRECISIONS}
-        warm_up = math.ceil(self.settings.epochs * self.steps_per_epoch / 2)
+        data, key = self.task.load(0), jax.random.key(0)
+        pairs = pairs or self.task.recipe.timed_pairs
+        current = {p: self.start(0, p, data) for p in precisions}
+        milliseconds: dict[str, list[float]] = {p: [] for p in precisions}
+        warm_up = min(math.ceil(self.settings.epochs * self.steps_per_epoch / 2), 3 * pairs)
         batches = self._endless_batches(data)
         for i in range(warm_up + pairs):
             batch = next(batches)
-            for p in PRECISIONS:
+            for p in precisions:
                 began = time.perf_counter()
-                *current[p], _ = jax.block_until_ready(self.steps[p](*current[p], *batch))
+                done = self.steps[p](*current[p], key, jnp.int32(i), *batch)
+                current[p] = jax.block_until_ready(done)[:2]
                 if i >= warm_up:
                     milliseconds[p].append(1e3 * (time.perf_counter() - began))
-        return {p: _quartiles(milliseconds[p]) for p in PRECISIONS} | {"pairs": pairs}
+        return {p: _quartiles(milliseconds[p]) for p in precisions} | {"pairs": pairs}
 
     def _endless_batches(self, data: Dataset):
         epoch = 0
@@ -186,9 +121,32 @@ class Trainer:
             epoch += 1
 
 
+def schedule(settings: Settings, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate: a linear rise over the warm-up, a cosine down to 0."""
+    steps = settings.epochs * steps_per_epoch
+    if settings.warmup == 0:
+        return optax.cosine_decay_schedule(settings.learning_rate, steps)
+    rise = math.ceil(settings.warmup * steps)
+    return optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, rise, steps)
+
+
+def settings_for(task: str, **chosen) -> Settings:
+    """The task's hyper-parameters, apart from what is chosen (None: not chosen)."""
+    recipe = asdict(TASKS[task].recipe)
+    recipe.pop("timed_pairs")
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return Settings(task=task, **(recipe | given))
+
+
 def count_steps(settings: Settings) -> int:
     """Training steps per epoch; 0 if the batch is larger than the training data."""
-    return len(TASKS[settings.task].load(0).train_labels) // settings.batch_size
+    return count_examples(settings.task) // settings.batch_size
+
+
+@functools.cache
+def count_examples(task: str) -> int:
+    """Training examples in an epoch, the same for every seed."""
+    return len(TASKS[task].load(0))
 
 
 def describe_config(settings: Settings) -> dict[str, Any]:

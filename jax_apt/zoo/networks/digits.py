@@ -1,6 +1,4 @@
-"""Small networks in plain Flax Linen. None of them mentions quantization."""
-
-from collections.abc import Callable
+"""Small networks for 8 x 8 digits."""
 
 import flax.linen as nn
 from jax import Array
@@ -12,7 +10,7 @@ class ConvNet(nn.Module):
     outputs: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, train: bool = False) -> Array:
         x = nn.relu(nn.Conv(16, (3, 3))(x))
         x = nn.relu(nn.Conv(32, (3, 3), strides=(2, 2))(x))
         x = nn.relu(nn.Conv(32, (3, 3))(x))
@@ -27,7 +25,7 @@ class Mlp(nn.Module):
     outputs: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, train: bool = False) -> Array:
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(128)(x))
         x = nn.relu(nn.Dense(64)(x))
@@ -52,11 +50,8 @@ class ResNet(nn.Module):
     outputs: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, train: bool = False) -> Array:
         x = nn.relu(nn.GroupNorm(num_groups=4)(nn.Conv(16, (3, 3), use_bias=False)(x)))
         for _ in range(2):
             x = ResidualBlock(16)(x)
         return nn.Dense(self.outputs)(x.mean(axis=(1, 2)))
-
-
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {"convnet": ConvNet, "mlp": Mlp, "resnet": ResNet}

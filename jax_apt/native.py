@@ -1,0 +1,258 @@
+"""Products on the CPU's integer instructions: any product as one of the three of a plain convolution.
+
+A `dot_general` or `conv_general_dilated` is brought to the layout that `jax_apt.xla_ops` knows: channels
+last, three spatial dimensions, no dilation of the input. Each of its three tensors then plays a role, x, w
+or y, and which product is asked for follows from the role of its result:
+
+    y from x and w: forward        x from y and w: input gradient        w from x and y: filter gradient
+
+A transposed convolution (dilated input, stride 1) is the input gradient of an ordinary one, so there the
+input plays y and the result x. Codes are held in limb planes: an array with a leading axis of bytes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import JaxprEqn
+
+from jax_apt import xla_ops
+from jax_apt.fixed_point import Fixed, power_of_two
+
+TENSORS = ("lhs", "rhs", "out")
+
+_KIND: dict[str, xla_ops.Kind] = {"y": "forward", "x": "input_gradient", "w": "filter_gradient"}
+_OPERANDS = {"y": "xw", "x": "yw", "w": "xy"}
+
+
+class Role(NamedTuple):
+    """What one tensor of a product is to the convolution, and how it is laid out there."""
+
+    name: str  # "x", "w" or "y"
+    enter: Callable[[Array], Array]  # to the layout of `Geometry.shapes()`
+    leave: Callable[[Array], Array]  # back
+
+
+class NativeForm(NamedTuple):
+    geometry: xla_ops.Geometry
+    roles: dict[str, Role]  # by TENSORS
+
+
+def as_native(eqn: JaxprEqn, lhs_shape, rhs_shape) -> NativeForm | None:
+    """The product as the custom call knows it; None if it has no such form.
+
+    That is a convolution with batch groups, or with both a stride and a dilated input.
+    """
+    if eqn.primitive.name == "dot_general":
+        return _dot(eqn.params["dimension_numbers"], lhs_shape, rhs_shape)
+    params = eqn.params
+    is_transposed = any(d != 1 for d in params["lhs_dilation"])
+    if params["batch_group_count"] != 1:
+        return None
+    if is_transposed and any(s != 1 for s in params["window_strides"]):
+        return None
+    return _conv(params, lhs_shape, rhs_shape, is_transposed)
+
+
+def run_native(form: NativeForm, target: str, operands: dict[str, Fixed]) -> Array:
+    """float32 tensor `target` from the other two, given by name as numbers in limb planes."""
+    role = form.roles[target]
+    by_role = {form.roles[name].name: (form.roles[name], fixed) for name, fixed in operands.items()}
+    (lhs_role, lhs), (rhs_role, rhs) = (by_role[name] for name in _OPERANDS[role.name])
+    formats = jnp.stack([lhs.bits, lhs.exponent, rhs.bits, rhs.exponent])
+    out = xla_ops.product(
+        _KIND[role.name],
+        form.geometry,
+        jax.vmap(lhs_role.enter)(lhs.codes),
+        jax.vmap(rhs_role.enter)(rhs.codes),
+        formats,
+    )
+    return role.leave(out)
+
+
+# Limb planes
+
+
+def plane_sum(number: Fixed) -> Array:
+    """Integer codes of limb planes: int32; the least integer of the width marks what was not finite."""
+    planes, limbs = number.codes.astype(jnp.int32), _limbs_in_use(number)
+    codes = jnp.zeros(planes.shape[1:], jnp.int32)
+    for i in range(planes.shape[0]):
+        codes = codes + jnp.where(i < limbs, planes[i] << (8 * i), 0)
+    return codes - _offset(limbs)
+
+
+def planes_to_float32(number: Fixed) -> Array:
+    """float32 value of limb planes; NaN where it was not finite."""
+    codes = plane_sum(number)
+    value = codes.astype(jnp.float32) * power_of_two(number.exponent)
+    return jnp.where(codes == -_offset(_limbs_in_use(number)), jnp.float32(jnp.nan), value)
+
+
+def zero_planes(number: Fixed) -> Array:
+    """uint8 (limbs,): the bytes of the code 0."""
+    top = jnp.arange(number.codes.shape[0]) == _limbs_in_use(number) - 1
+    return jnp.where(top, jnp.uint8(128), jnp.uint8(0))
+
+
+def _limbs_in_use(number: Fixed) -> Array:
+    return (number.bits + 7) // 8
+
+
+def _offset(limbs: Array) -> Array:
+    return jnp.left_shift(1, 8 * limbs - 1)
+
+
+# Forms
+
+
+def _dot(dimension_numbers, lhs_shape, rhs_shape) -> NativeForm:
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs_free = [d for d in range(len(lhs_shape)) if d not in (*lhs_contract, *lhs_batch)]
+    rhs_free = [d for d in range(len(rhs_shape)) if d not in (*rhs_contract, *rhs_batch)]
+    out_shape = [lhs_shape[d] for d in (*lhs_batch, *lhs_free)] + [rhs_shape[d] for d in rhs_free]
+
+    def size(shape, dims):
+        return math.prod(shape[d] for d in dims)
+
+    one = (1, 1, 1)
+    rows = (1, 1, size(lhs_shape, lhs_free))
+    geometry = xla_ops.Geometry(
+        matrices=size(lhs_shape, lhs_batch),
+        batch=1,
+        inputs=rows,
+        outputs=rows,
+        window=one,
+        stride=one,
+        pad=(0, 0, 0),
+        dilation=one,
+        groups=1,
+        in_channels=size(lhs_shape, lhs_contract),
+        out_channels=size(rhs_shape, rhs_free),
+    )
+    orders = {
+        "x": ("lhs", (*lhs_batch, *lhs_free, *lhs_contract), lhs_shape),
+        "w": ("rhs", (*rhs_batch, *rhs_contract, *rhs_free), rhs_shape),
+        "y": ("out", tuple(range(len(out_shape))), tuple(out_shape)),
+    }
+    shapes = geometry.shapes()
+    roles = {
+        tensor: Role(name, *_rearrangement(order, shape, shapes[name]))
+        for name, (tensor, order, shape) in orders.items()
+    }
+    return NativeForm(geometry, roles)
+
+
+def matrix_form(lhs_shape, rhs_shape) -> NativeForm:
+    """A batch of plain products: (B, M, K) x (B, K, N)."""
+    return _dot((((2,), (1,)), ((0,), (0,))), lhs_shape, rhs_shape)
+
+
+def _rearrangement(order, shape, canonical) -> tuple[Callable, Callable]:
+    """A transposition followed by a reshape from `shape`, and its inverse."""
+    middle = tuple(shape[d] for d in order)
+    inverse = tuple(order.index(d) for d in range(len(order)))
+    return (
+        lambda x: x.transpose(order).reshape(canonical),
+        lambda x: x.reshape(middle).transpose(inverse),
+    )
+
+
+def _conv(params, lhs_shape, rhs_shape, is_transposed: bool) -> NativeForm:
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
+    spatial = len(lhs_spec) - 2
+    groups = params["feature_group_count"]
+
+    def sizes(shape, spec):
+        return _three(tuple(shape[d] for d in spec[2:]), 1)
+
+    window = sizes(rhs_shape, rhs_spec)
+    pads = _three(tuple(low for low, _ in params["padding"]), 0)
+    dilation = _three(params["rhs_dilation"], 1)
+    batch, channels, features = lhs_shape[lhs_spec[0]], lhs_shape[lhs_spec[1]], rhs_shape[rhs_spec[0]]
+    outputs = _three(_conv_outputs(params, lhs_shape, rhs_shape), 1)
+    lhs_order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
+    out_order = (out_spec[0], *out_spec[2:], out_spec[1])
+    rhs_order = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
+    inputs = sizes(lhs_shape, lhs_spec)
+    if is_transposed:
+        # Output o meets input i where o + t * dilation - pad = i * stride. With t' = window - 1 - t that
+        # reads o + pad' - t' * dilation = i * stride: the input gradient of a convolution from o to i.
+        pads = _three([(k - 1) * d - p for k, d, p in zip(window, dilation, pads, strict=True)], 0)
+        inputs, outputs = outputs, inputs
+        channels, features = features, channels
+    geometry = xla_ops.Geometry(
+        matrices=1,
+        batch=batch,
+        inputs=inputs,
+        outputs=outputs,
+        window=window,
+        stride=_three(params["lhs_dilation" if is_transposed else "window_strides"], 1),
+        pad=pads,
+        dilation=dilation,
+        groups=groups,
+        in_channels=channels,
+        out_channels=features,
+    )
+    shapes = geometry.shapes()
+    out_shape = _out_shape(out_spec, batch, params, lhs_shape, rhs_shape)
+    x, y = ("y", "x") if is_transposed else ("x", "y")
+    enter_w, leave_w = _rearrangement(rhs_order, rhs_shape, shapes["w"])
+    if is_transposed:
+        enter_w, leave_w = _swapped_filter(rhs_order, rhs_shape, spatial, groups, shapes["w"])
+    roles = {
+        "lhs": Role(x, *_rearrangement(lhs_order, lhs_shape, shapes[x])),
+        "rhs": Role("w", enter_w, leave_w),
+        "out": Role(y, *_rearrangement(out_order, out_shape, shapes[y])),
+    }
+    return NativeForm(geometry, roles)
+
+
+def _three(values, fill: int) -> tuple[int, int, int]:
+    """Values of up to three spatial dimensions, filled up in front."""
+    first, second, third = (fill,) * (3 - len(values)) + tuple(values)
+    return first, second, third
+
+
+def _conv_outputs(params, lhs_shape, rhs_shape) -> tuple[int, ...]:
+    lhs_spec, rhs_spec, _ = params["dimension_numbers"]
+    outputs = []
+    for d, (low, high) in enumerate(params["padding"]):
+        size, taps = lhs_shape[lhs_spec[2 + d]], rhs_shape[rhs_spec[2 + d]]
+        length = max((size - 1) * params["lhs_dilation"][d] + 1, 0) + low + high
+        reach = (taps - 1) * params["rhs_dilation"][d] + 1
+        outputs.append(max((length - reach) // params["window_strides"][d] + 1, 0))
+    return tuple(outputs)
+
+
+def _out_shape(out_spec, batch, params, lhs_shape, rhs_shape) -> tuple[int, ...]:
+    features = rhs_shape[params["dimension_numbers"].rhs_spec[0]]
+    values = (batch, features, *_conv_outputs(params, lhs_shape, rhs_shape))
+    shape = [0] * len(values)
+    for dim, value in zip(out_spec, values, strict=True):
+        shape[dim] = value
+    return tuple(shape)
+
+
+def _swapped_filter(order, shape, spatial: int, groups: int, canonical):
+    """Reverses the taps and swaps inner channels and features, group by group; and the way back."""
+    window = tuple(shape[d] for d in order[:spatial])
+    inner, features = shape[order[spatial]], shape[order[spatial + 1]]
+    split = (*window, inner, groups, features // groups)
+    swap = (*range(spatial), spatial + 2, spatial + 1, spatial)
+    taps = tuple(range(spatial))
+    inverse = tuple(order.index(d) for d in range(len(order)))
+
+    def enter(w: Array) -> Array:
+        w = jnp.flip(w.transpose(order), taps)
+        return w.reshape(split).transpose(swap).reshape(canonical)
+
+    def leave(w: Array) -> Array:
+        swapped = tuple(split[d] for d in swap)
+        w = w.reshape(swapped).transpose(swap).reshape(*window, inner, features)
+        return jnp.flip(w, taps).transpose(inverse)
+
+    return enter, leave

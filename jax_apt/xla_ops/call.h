@@ -1,0 +1,73 @@
+// A call as it comes from outside: numbers in an array become products.
+#ifndef JAX_APT_XLA_OPS_CALL_H_
+#define JAX_APT_XLA_OPS_CALL_H_
+
+#include "plan.h"
+#include "product.h"
+
+namespace jax_apt {
+
+// matrices, batch, in[3], out[3], window[3], stride[3], pad[3], dilation[3], groups, in channels, out
+// channels.
+constexpr int64_t kGeometrySize = 5 + 6 * kSpace;
+
+struct Call {
+  Kind kind;
+  int64_t matrices;  // independent products that share formats, one behind the other within each plane
+  Geometry geometry;
+
+  // Null, or what is wrong.
+  const char* Read(int64_t kind_number, const int64_t* numbers, int64_t count) {
+    if (kind_number < 0 || kind_number > 2) return "kind must be 0, 1 or 2";
+    if (count != kGeometrySize) return "the geometry has the wrong length";
+    kind = static_cast<Kind>(kind_number);
+    matrices = *numbers++;
+    geometry.batch = *numbers++;
+    for (int64_t* field :
+         {geometry.in, geometry.out, geometry.window, geometry.stride, geometry.pad, geometry.dilation})
+      for (int d = 0; d < kSpace; ++d) field[d] = *numbers++;
+    geometry.groups = numbers[0], geometry.in_channels = numbers[1], geometry.out_channels = numbers[2];
+    return FindMistake();
+  }
+
+  int64_t LhsSize() const { return kind == Kind::kInputGradient ? YSize() : XSize(); }
+  int64_t RhsSize() const { return kind == Kind::kFilterGradient ? YSize() : WSize(); }
+  int64_t OutSize() const {
+    return kind == Kind::kForward ? YSize() : kind == Kind::kInputGradient ? XSize() : WSize();
+  }
+
+  // The i-th product; `lhs` and `rhs` hold planes, each of all matrices.
+  Product At(int64_t i, const uint8_t* lhs, const uint8_t* rhs, const int32_t* formats, float* out) const {
+    Product product{kind, geometry, {{}, formats[0], formats[1]}, {{}, formats[2], formats[3]}, nullptr};
+    for (int limb = 0; limb < kMaxLimbs; ++limb) {
+      if (limb < LimbCount(formats[0])) product.lhs.plane[limb] = lhs + (limb * matrices + i) * LhsSize();
+      if (limb < LimbCount(formats[2])) product.rhs.plane[limb] = rhs + (limb * matrices + i) * RhsSize();
+    }
+    product.out = out + i * OutSize();
+    return product;
+  }
+
+ private:
+  static int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
+  int64_t XSize() const { return geometry.batch * Volume(geometry.in) * geometry.in_channels; }
+  int64_t YSize() const { return geometry.batch * Volume(geometry.out) * geometry.out_channels; }
+  int64_t WSize() const {
+    return Volume(geometry.window) * (geometry.in_channels / geometry.groups) * geometry.out_channels;
+  }
+
+  const char* FindMistake() const {
+    const Geometry& g = geometry;
+    if (matrices < 0 || g.batch < 0 || g.in_channels < 0 || g.out_channels < 0) return "a size is negative";
+    if (g.groups < 1 || g.in_channels % g.groups != 0 || g.out_channels % g.groups != 0)
+      return "groups must divide the channels";
+    for (int d = 0; d < kSpace; ++d) {
+      if (g.in[d] < 0 || g.out[d] < 0 || g.window[d] < 1) return "a size is negative or a window empty";
+      if (g.stride[d] < 1 || g.dilation[d] < 1) return "strides and dilations must be at least 1";
+    }
+    return nullptr;
+  }
+};
+
+}  // namespace jax_apt
+
+#endif  // JAX_APT_XLA_OPS_CALL_H_

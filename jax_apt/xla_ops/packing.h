@@ -1,0 +1,183 @@
+// Reading limb planes and laying them out for a micro-kernel: images of lhs, panels of rhs.
+//
+// Included by product_loops.h inside each ISA unit's own anonymous namespace (hence no include guard, no
+// system headers and no std:: templates), so that every unit compiles it with its own instructions.
+//
+// Kernels on bytes multiply bytes of lhs as they are in memory (0..255) by bytes of rhs less 128
+// (-128..127). Written with codes a and b, L planes each, and digits d = plane - 128:
+//
+//   a = sum of 256^i plane_i - offset(La)              offset(L) = 128 * 256^(L-1)
+//   b = sum of 256^j d_j     + rest(Lb)                rest(L)   = 128 * (1 + 256 + ... + 256^(L-2))
+//
+//   sum of a b = sum of 256^(i+j) (sum of plane_i d_j) - offset(La) * (column sums of the digits of rhs)
+//              + rest(Lb) * (row sums of a)
+//
+// Kernels on 16-bit elements multiply signed limbs and need no such terms. What only one of the two kinds of
+// element calls is inline, so that the other's units are not told of unused functions.
+
+int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+float PowerOfTwo(int64_t exponent) {  // exact for -126..127
+  const uint32_t pattern = static_cast<uint32_t>(exponent + 127) << 23;
+  float value;
+  __builtin_memcpy(&value, &pattern, 4);
+  return value;
+}
+
+// ---- Elements ------------------------------------------------------------------------------------------
+
+// One limb of `count` neighbours in memory.
+inline void ReadLimb(const Operand& operand, Limb limb, int64_t start, int64_t count, uint8_t* out) {
+  __builtin_memcpy(out, operand.plane[limb.shift / 8] + start, count);
+}
+
+template <int kLimbs>
+void ReadWords(const Operand& operand, Limb limb, int64_t start, int64_t count, int16_t* __restrict out) {
+  const uint8_t *p0 = operand.plane[0] + start, *p1 = p0, *p2 = p0;
+  if (kLimbs > 1) p1 = operand.plane[1] + start;
+  if (kLimbs > 2) p2 = operand.plane[2] + start;
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t code = p0[i] - (kLimbs == 1 ? 128 : 0);
+    if (kLimbs == 2) code += (p1[i] - 128) * 256;
+    if (kLimbs == 3) code += p1[i] * 256 + (p2[i] - 128) * 65536;
+    out[i] = static_cast<int16_t>((code >> limb.shift) & limb.mask);
+  }
+}
+
+inline void ReadLimb(const Operand& operand, Limb limb, int64_t start, int64_t count, int16_t* out) {
+  switch (LimbCount(operand.bits)) {
+    case 1: return ReadWords<1>(operand, limb, start, count, out);
+    case 2: return ReadWords<2>(operand, limb, start, count, out);
+    default: return ReadWords<3>(operand, limb, start, count, out);
+  }
+}
+
+inline void Zeros(const Operand& operand, Limb limb, int64_t count, uint8_t* out) {  // limb of the code 0
+  __builtin_memset(out, limb.shift / 8 == LimbCount(operand.bits) - 1 ? 128 : 0, count);
+}
+
+inline void Zeros(const Operand&, Limb, int64_t count, int16_t* out) {
+  __builtin_memset(out, 0, count * sizeof(int16_t));
+}
+
+// ---- Images --------------------------------------------------------------------------------------------
+
+// Pixels on a grid: point (n, i) holds pixel i * step + shift of image n, or zero beside it.
+struct Image {
+  const Operand& operand;
+  const int64_t *grid, *source, *step, *shift;
+  int64_t channels;
+
+  // `count` points from number `first` on, pixel after pixel.
+  template <class Element>
+  void Fill(Limb limb, int64_t first, int64_t count, Element* out) const {
+    int64_t at = first % grid[2], line = first / grid[2];
+    while (count > 0) {
+      const int64_t points = Min(count, grid[2] - at);
+      FillLine(limb, line, at, points, out);
+      out += points * channels, count -= points, at = 0, line += 1;
+    }
+  }
+
+ private:
+  template <class Element>
+  void FillLine(Limb limb, int64_t line, int64_t at, int64_t points, Element* out) const {
+    const int64_t y = line % grid[1] * step[1] + shift[1], z = line / grid[1] % grid[0] * step[0] + shift[0];
+    const int64_t n = line / grid[1] / grid[0];
+    const bool is_inside = y >= 0 && y < source[1] && z >= 0 && z < source[0];
+    const int64_t last = source[2] - 1 - shift[2];  // of point * step
+    const int64_t low = Max(at, shift[2] < 0 ? CeilDiv(-shift[2], step[2]) : 0);
+    const int64_t high = Min(at + points, last < 0 ? 0 : last / step[2] + 1);
+    if (!is_inside || high <= low) return Zeros(operand, limb, points * channels, out);
+    Zeros(operand, limb, (low - at) * channels, out);
+    out += (low - at) * channels;
+    const int64_t start =
+        (((n * source[0] + z) * source[1] + y) * source[2] + low * step[2] + shift[2]) * channels;
+    if (step[2] == 1) {
+      ReadLimb(operand, limb, start, (high - low) * channels, out);
+    } else {
+      for (int64_t i = 0; i < high - low; ++i)
+        ReadLimb(operand, limb, start + i * step[2] * channels, channels, out + i * channels);
+    }
+    Zeros(operand, limb, (at + points - high) * channels, out + (high - low) * channels);
+  }
+};
+
+#ifdef __SSE2__
+// 16 x 16 bytes: rows of `in` become columns of `out`. Four rounds of interleaving rows i and i + 8.
+void Transpose16(const uint8_t* in, int64_t in_step, uint8_t* out, int64_t out_step) {
+  __m128i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_step));
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+      b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+    }
+    for (int i = 0; i < 16; ++i) a[i] = b[i];
+  }
+  for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_step), a[i]);
+}
+constexpr int64_t kTransposeBytes = 16;
+#else
+void Transpose16(const uint8_t*, int64_t, uint8_t*, int64_t) {}
+constexpr int64_t kTransposeBytes = 0;
+#endif
+
+// (pixels, channels) -> (channels, pixels); `pixels` is at most kPixelChunk.
+inline void Transpose(const uint8_t* in, int64_t pixels, int64_t channels, uint8_t* out, int64_t out_step) {
+  int64_t done = 0;
+  if (kTransposeBytes != 0) {
+    for (; done + kTransposeBytes <= channels; done += kTransposeBytes)
+      for (int64_t i = 0; i + kTransposeBytes <= pixels; i += kTransposeBytes)
+        Transpose16(in + i * channels + done, channels, out + done * out_step + i, out_step);
+    const int64_t rest = pixels / kTransposeBytes * kTransposeBytes;
+    for (int64_t c = 0; c < done; ++c)
+      for (int64_t i = rest; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
+  }
+  for (int64_t c = done; c < channels; ++c)
+    for (int64_t i = 0; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
+}
+
+inline void Transpose(const int16_t* in, int64_t pixels, int64_t channels, int16_t* out, int64_t out_step) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
+}
+
+// ---- Panels --------------------------------------------------------------------------------------------
+//
+// A panel holds kNr columns of rhs: words [depth / kGroup][kNr], each the kGroup elements of a column that
+// one instruction multiplies and adds.
+
+// Four rows of bytes, or two of 16-bit elements, become one row of words.
+inline void Interleave(const uint8_t* const* row, int64_t columns, uint32_t* __restrict words) {
+  const uint8_t *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
+  for (int64_t c = 0; c < columns; ++c)
+    words[c] = (r0[c] | static_cast<uint32_t>(r1[c]) << 8 | static_cast<uint32_t>(r2[c]) << 16 |
+                static_cast<uint32_t>(r3[c]) << 24) ^
+               0x80808080u;
+}
+
+inline void Interleave(const int16_t* const* row, int64_t columns, uint32_t* __restrict words) {
+  const int16_t *r0 = row[0], *r1 = row[1];
+  for (int64_t c = 0; c < columns; ++c)
+    words[c] = static_cast<uint16_t>(r0[c]) | static_cast<uint32_t>(static_cast<uint16_t>(r1[c])) << 16;
+}
+
+inline uint32_t Word(const uint8_t* elements) {
+  uint32_t word;
+  __builtin_memcpy(&word, elements, 4);
+  return word ^ 0x80808080u;
+}
+
+inline uint32_t Word(const int16_t* elements) {
+  uint32_t word;
+  __builtin_memcpy(&word, elements, 4);
+  return word;
+}
+
+// Element whose digit is zero.
+constexpr uint8_t ZeroDigit(uint8_t) { return 128; }
+constexpr int16_t ZeroDigit(int16_t) { return 0; }

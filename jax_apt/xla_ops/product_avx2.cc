@@ -1,0 +1,85 @@
+// Fixed-point products on AVX2: pairs of 16-bit limbs through vpmaddwd.
+#include <immintrin.h>
+
+#include "plan.h"
+#include "product.h"
+
+namespace jax_apt {
+namespace {
+
+#include "product_loops.h"
+
+// 6 x 16 register block:
+//
+//              rhs pair, columns 0..7 | 8..15       ymm12, ymm13: [column][2] int16
+//   lhs row 0   sum00 | sum01                        ymm14: row r's pair, broadcast to 8 columns
+//       ...      ...  |  ...                         ymm0..11: int32 sums
+//   lhs row 5   sum50 | sum51                        ymm15: product
+//
+// vpmaddwd adds two products of int16 and would wrap only at four times -2^15. The plan picks limbs and a
+// depth such that depth * largest lhs limb * largest rhs limb < 2^31 (at least 256 products, so each is
+// below 2^23): neither a pair nor a sum wraps.
+struct Avx2Kernel {
+  using Lhs = int16_t;
+  using Rhs = int16_t;
+  using Columns = Avx2Kernel;
+  static constexpr int64_t kGroup = 2, kMr = 6, kNr = 16, kRowUnit = 1, kDepthUnit = 2, kKc = 512;
+
+  static void Setup() {}
+  static void Leave() {}
+
+  static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs,
+                  int rows, bool is_first, int32_t* tile) {
+    // Rows that are not there repeat the last one; their sums are not read.
+    const int64_t r1 = rows > 1 ? stride : 0, r2 = rows > 2 ? 2 * stride : r1,
+                  r3 = rows > 3 ? 3 * stride : r2;
+    const int64_t r4 = rows > 4 ? 4 * stride : r3, r5 = rows > 5 ? 5 * stride : r4;
+    // Named sums: gcc 12 spills a tile that is held in an array.
+    __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
+    Load(tile, is_first, c00, c01), Load(tile + kNr, is_first, c10, c11);
+    Load(tile + 2 * kNr, is_first, c20, c21), Load(tile + 3 * kNr, is_first, c30, c31);
+    Load(tile + 4 * kNr, is_first, c40, c41), Load(tile + 5 * kNr, is_first, c50, c51);
+    for (int s = 0; s < count; ++s) {
+      const Lhs* a = lhs + segments[s].lhs;
+      for (int64_t k = 0; k < segments[s].depth; k += kGroup, a += kGroup, rhs += kGroup * kNr) {
+        const __m256i b0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs));
+        const __m256i b1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs + 16));
+        MultiplyAdd(a, b0, b1, c00, c01);
+        MultiplyAdd(a + r1, b0, b1, c10, c11);
+        MultiplyAdd(a + r2, b0, b1, c20, c21);
+        MultiplyAdd(a + r3, b0, b1, c30, c31);
+        MultiplyAdd(a + r4, b0, b1, c40, c41);
+        MultiplyAdd(a + r5, b0, b1, c50, c51);
+      }
+    }
+    Store(tile, c00, c01), Store(tile + kNr, c10, c11), Store(tile + 2 * kNr, c20, c21);
+    Store(tile + 3 * kNr, c30, c31), Store(tile + 4 * kNr, c40, c41), Store(tile + 5 * kNr, c50, c51);
+  }
+
+ private:
+  static void Load(const int32_t* row, bool is_first, __m256i& c0, __m256i& c1) {
+    c0 = c1 = _mm256_setzero_si256();
+    if (is_first) return;
+    c0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+    c1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 8));
+  }
+
+  static void MultiplyAdd(const Lhs* pair, __m256i b0, __m256i b1, __m256i& c0, __m256i& c1) {
+    int32_t both;
+    __builtin_memcpy(&both, pair, 4);
+    const __m256i a = _mm256_set1_epi32(both);
+    c0 = _mm256_add_epi32(c0, _mm256_madd_epi16(a, b0));
+    c1 = _mm256_add_epi32(c1, _mm256_madd_epi16(a, b1));
+  }
+
+  static void Store(int32_t* row, __m256i c0, __m256i c1) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), c0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 8), c1);
+  }
+};
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {"avx2", ShapeOf<Avx2Kernel>(), RunProduct<Avx2Kernel>, Quantize};
+
+}  // namespace jax_apt

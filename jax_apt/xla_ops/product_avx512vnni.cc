@@ -1,0 +1,21 @@
+// Fixed-point products on AVX-512 VNNI: bytes through vpdpbusd, 12 x 32 register blocks.
+#include <immintrin.h>
+
+#include "plan.h"
+#include "product.h"
+
+namespace jax_apt {
+namespace {
+
+#include "product_loops.h"
+#include "vectors512.h"
+#include "vnni_kernel.h"
+
+using Avx512VnniKernel = VnniKernel<Vector512, 12>;
+
+}  // namespace
+
+const Kernels kAvx512VnniKernels = {"avx512vnni", ShapeOf<Avx512VnniKernel>(), RunProduct<Avx512VnniKernel>,
+                                    Quantize};
+
+}  // namespace jax_apt
