@@ -135,13 +135,8 @@ class Rule:
         example `(1, 1, None, None)`; None: any. Products of two activations have no weight.
 
     Raises:
-<<<<<<< HEAD
       ValueError: `match` is no regular expression, a width is outside 2..24, `gemms` is empty or names
-        another product, or the rounding or the backend is unknown.
-=======
-      ValueError: `match` is no regular expression, a width is outside 2..24, the backend is unknown, or
-        `quantize` is neither True nor False.
->>>>>>> main
+        another product, the rounding or the backend is unknown, or `quantize` is neither True nor False.
     """
 
     match: str = ""
@@ -164,17 +159,14 @@ class Rule:
             candidates(widths)
         if self.backend is not None:
             check_backend(self.backend)
-<<<<<<< HEAD
         _check_choice("rounding", self.rounding, ROUNDINGS)
         if isinstance(self.gemms, str) or not self.gemms or not set(self.gemms) <= set(GEMMS):
             raise ValueError(
                 f"gemms must be a tuple of {', '.join(GEMMS)}, at least one; got {self.gemms!r} "
                 "(quantize=False leaves all three in float)"
             )
-=======
         if not isinstance(self.quantize, bool):
             raise ValueError(f"quantize must be True or False, got {self.quantize!r}")
->>>>>>> main
 
     def hits(self, name: str, primitive: str, weight_shape: tuple[int, ...] | None) -> bool:
         """Whether the rule is for a layer of this name, primitive and shape of weight."""

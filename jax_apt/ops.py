@@ -17,23 +17,10 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxpr_as_fun
 
-<<<<<<< HEAD
 from jax_apt import _jax_versions as versions
 from jax_apt.config import GEMMS, Config
-from jax_apt.fixed_point import (
-    Fixed,
-    container,
-    count_nonfinite,
-    exponent_for,
-    quantize,
-    quantize_stochastic,
-)
-from jax_apt.products import Operand, Programs, run
-=======
-from jax_apt.config import Config
-from jax_apt.fixed_point import exponent_for
-from jax_apt.products import Operand, Programs, quantize_operand, run
->>>>>>> main
+from jax_apt.fixed_point import exponent_for, round_stochastically
+from jax_apt.products import Operand, Program, Programs, quantize_operand, run
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
 from jax_apt.state import to_tap
@@ -79,7 +66,6 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
         return forward(lhs, rhs, formats, tap)[0]
 
     def forward(lhs, rhs, formats, tap):
-<<<<<<< HEAD
         lhs_operand, lhs_measured = _quantized(site, lhs_slot, ("fwd", rhs_gemm), lhs, formats)
         rhs_operand, rhs_measured = _quantized(site, rhs_slot, ("fwd", lhs_gemm), rhs, formats)
         out = _run(site, "fwd", programs.forward, (lhs_operand, lhs), (rhs_operand, rhs))
@@ -92,22 +78,6 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
         lhs, rhs = _restored(site, lhs_slot, lhs), _restored(site, rhs_slot, rhs)
         lhs_gradient = _run(site, lhs_gemm, programs.lhs_gradient, rhs, (dy, gradient))
         rhs_gradient = _run(site, rhs_gemm, programs.rhs_gradient, lhs, (dy, gradient))
-=======
-        lhs, lhs_measured = _quantized(site, lhs_slot, lhs, formats)
-        rhs, rhs_measured = _quantized(site, rhs_slot, rhs, formats)
-        kept = checkpoint_name([(x.number, x.nonfinite) for x in (lhs, rhs)], CODES_NAME)
-        return run(programs.forward, lhs, rhs, backend), (kept, lhs_measured, rhs_measured, formats)
-
-    def backward(residuals, gradient):
-        kept, lhs_measured, rhs_measured, formats = residuals
-        lhs, rhs = (
-            Operand(number, site.widths[slot], nonfinite)
-            for (number, nonfinite), slot in zip(kept, (lhs_slot, rhs_slot), strict=True)
-        )
-        dy, dy_measured = _quantized(site, _DY, gradient, formats)
-        lhs_gradient = run(programs.lhs_gradient, rhs, dy, backend)
-        rhs_gradient = run(programs.rhs_gradient, lhs, dy, backend)
->>>>>>> main
         measured = {lhs_slot: lhs_measured, rhs_slot: rhs_measured, _DY: dy_measured}
         tap = jnp.stack([to_tap(measured[slot]) for slot in (_X, _W, _DY)])
         return lhs_gradient, rhs_gradient, np.zeros(formats.shape, jax.dtypes.float0), tap
@@ -119,23 +89,26 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
 # One of the three products. Its operands are pairs: quantized (None where no product needs that), and float.
 
 
-def _run(site: Site, gemm: str, program, a, b) -> Array:
+def _run(site: Site, gemm: str, program: Program, a, b) -> Array:
     if gemm in site.gemms:
         return run(program, a[0], b[0], site.backend)
-    return jaxpr_as_fun(program)(a[1], b[1])[0]
+    return jaxpr_as_fun(program.jaxpr)(a[1], b[1])[0]
 
 
 def _kept(site: Site, gemm: str, operand: Operand | None, value: Array):
     """Residuals that a later product needs: codes if it is quantized, else the tensor itself."""
     if gemm in site.gemms:
         assert operand is not None
-        return checkpoint_name(operand.number, CODES_NAME), None
+        return checkpoint_name((operand.number, operand.nonfinite), CODES_NAME), None
     return None, value
 
 
 def _restored(site: Site, slot: int, kept) -> tuple[Operand | None, Array]:
-    number, value = kept
-    return (None if number is None else Operand(number, site.widths[slot])), value
+    codes, value = kept
+    if codes is None:
+        return None, value
+    number, nonfinite = codes
+    return Operand(number, site.widths[slot], nonfinite), value
 
 
 def _quantized(
@@ -152,19 +125,10 @@ def _quantized(
         lambda: _measure(value, bits, exponent, widths, site),
         lambda: (bits, exponent, nothing),
     )
-<<<<<<< HEAD
     if slot == _DY and site.rounding == "stochastic":
-        key = _key(site.seed, step, value)
-        codes = quantize_stochastic(value, bits, exponent, key, container(widths[-1]))
-    else:
-        codes = quantize(value, bits, exponent, container(widths[-1]))
-    measured = measured._replace(nonfinite=count_nonfinite(codes))
-    number = Fixed(codes, bits, exponent)
-    return Operand(number, tuple(dict.fromkeys(widths)), value), measured
-=======
+        value = round_stochastically(value, exponent, _key(site.seed, step, value))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
     return operand, measured._replace(nonfinite=operand.nonfinite)
->>>>>>> main
 
 
 def _key(seed: int, step: Array, value: Array) -> Array:

@@ -286,8 +286,7 @@ class _Replayer:
         return [read(v) for v in plan.jaxpr.jaxpr.outvars]
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites) -> Array:
-<<<<<<< HEAD
-        lhs, rhs = (x.astype(jnp.float32) for x in inputs)
+        lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
         formats, tap = sites[node.layer]
         axes = self.mesh_axes
         if axes and self.is_typed:
@@ -295,9 +294,6 @@ class _Replayer:
             lhs, rhs, tap = (versions.as_varying(x, varying) for x in (lhs, rhs, tap))
             axes = tuple(a for a in axes if a in varying)
         layer = self.layers[node.layer]
-=======
-        lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
->>>>>>> main
         site = Site(
             programs=trace_programs(eqn, lhs.shape, rhs.shape),
             is_weight_lhs=node.is_weight_lhs,
