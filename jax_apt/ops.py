@@ -105,10 +105,7 @@ def _kept(site: Site, gemm: str, operand: Operand | None, value: Array):
 
 def _restored(site: Site, slot: int, kept) -> tuple[Operand | None, Array]:
     codes, value = kept
-    if codes is None:
-        return None, value
-    number, nonfinite = codes
-    return Operand(number, site.widths[slot], nonfinite), value
+    return (None if codes is None else Operand(codes[0], site.widths[slot], codes[1])), value
 
 
 def _quantized(

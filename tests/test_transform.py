@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
+from jax import custom_derivatives, lax
+from jax.sharding import PartitionSpec
 
 import jax_apt as apt
 from jax_apt import xla_ops
@@ -135,9 +136,51 @@ def through_vmap(p, x):
     return jax.vmap(lambda row: jnp.tanh(row @ p["a"]["kernel"]))(x) @ p["b"]["kernel"]
 
 
+@jax.custom_batching.custom_vmap
+def own_vmap(x, w):
+    return jnp.tanh(x @ w)
+
+
+@own_vmap.def_vmap
+def _own_vmap_rule(size, in_batched, x, w):
+    assert in_batched == [True, False]
+    return jnp.tanh(x @ w), True
+
+
+def through_custom_vmap(p, x):
+    return own_vmap(x, p["a"]["kernel"]) @ p["b"]["kernel"]
+
+
+def through_linear_call(p, x):
+    def product(w, x):
+        return x @ w
+
+    def transposed(w, gradient):
+        return gradient @ w.T
+
+    hidden = jnp.tanh(custom_derivatives.linear_call(product, transposed, p["a"]["kernel"], x))
+    return hidden @ p["b"]["kernel"]
+
+
+def through_shard_map(p, x):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (PartitionSpec("data"), PartitionSpec())
+    mapped = jax.shard_map(
+        lambda x, w: jnp.tanh(x @ w), mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data")
+    )
+    return mapped(x, p["a"]["kernel"]) @ p["b"]["kernel"]
+
+
+def through_ragged_dot(p, x):
+    """Three rows go to one matrix, one to the other."""
+    experts = jnp.stack([p["a"]["kernel"], -p["a"]["kernel"]])
+    return jnp.tanh(lax.ragged_dot(x, experts, jnp.array([3, 1]))) @ p["b"]["kernel"]
+
+
 CONSTRUCTS = [
     plain, through_jit, through_remat, through_scan_over_time, through_cond, through_switch,
     through_custom_vjp, through_custom_jvp, through_nesting, through_vmap,
+    through_custom_vmap, through_linear_call, through_shard_map, through_ragged_dot,
 ]  # fmt: skip
 
 
