@@ -14,22 +14,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "remat", "checkpoint")
-CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call", "linear_call")
-CALL = ("closed_call", "core_call", "custom_vmap_call", "custom_partitioning", "composite")
+CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call")
+CALL = ("closed_call", "core_call", "custom_vmap_call", "composite")
 RAGGED = ("ragged_dot_general",)
 SOLVERS = ("custom_linear_solve",)  # lax.custom_root is one of them, or a HiPrim named CustomRoot
-OPAQUE = ("pure_callback", "io_callback", "ffi_call", "call_exported", "cudnn_fusion", "tpu_custom_call")
-OTHER_PRODUCTS = (
-    *("scaled_dot", "scaled_matmul", "scaled_matmul_wrapper", "symmetric_product", "rnn_fwd", "rnn_bwd"),
-    *(
-        f"dot_product_attention_{kind}{way}{end}"
-        for kind in ("", "fp8_")
-        for way in ("fwd", "bwd")
-        for end in ("", "_wrapper")
-    ),
-    *("bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_spdot_general", "bcsr_dot_general"),
-    *(f"{kind}_{name}" for kind in ("coo", "csr") for name in ("matmat", "matvec", "spmm", "spmv")),
-)
+OPAQUE = ("pure_callback", "io_callback")
+OTHER_PRODUCTS = ("bcoo_dot_general",)
 
 _LIBRARIES = tuple(
     os.path.join(sysconfig.get_paths()[kind], package) + os.sep
