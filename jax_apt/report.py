@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from jax_apt.config import GEMMS
-from jax_apt.config import GEMMS
 from jax_apt.qpa import TensorPrecision
 from jax_apt.state import TENSORS, AptState, Layer, Layout
 
@@ -44,8 +43,6 @@ class Report:
                     "rule": layer.rule,
                     "gemms": list(layer.gemms),
                     "rounding": layer.rounding,
-                    "gemms": list(layer.gemms),
-                    "rounding": layer.rounding,
                     "tensors": {t: _as_json(r) for t, r in self.tensors[layer.name].items()},
                 }
                 for layer in self.layout.layers
@@ -55,17 +52,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        rows = [
-            (
-                "layer",
-                "product",
-                "backend",
-                "rule",
-                "products",
-                *(f"{t} bits" for t in TENSORS),
-                "dy interval",
-            )
-        ]
+        rows = [("layer", "product", "backend", "rule", *(f"{t} bits" for t in TENSORS), "dy interval")]
         rows += [self._row(layer) for layer in self.layout.layers]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -79,8 +66,6 @@ class Report:
         lines += [
             f"{x.name}: gradients rounded at random" for x in self.layout.layers if x.rounding != "nearest"
         ]
-        rounded = [x.name for x in self.layout.layers if x.rounding == "stochastic" and x.is_quantized("dy")]
-        lines += [f"gradients rounded stochastically: {', '.join(rounded)}"] if rounded else []
         lines += [f"left in float: {x.name} ({x.primitive}): {x.reason}" for x in self.layout.left_in_float]
         lines += [f"rule {rule!r} hit no layer" for rule in self.layout.unused_rules]
         lines += [
@@ -95,9 +80,8 @@ class Report:
         tensors = self.tensors[layer.name]
         bits = [_brief(tensors[t].bits) if layer.is_quantized(t) else "float" for t in TENSORS]
         rule = "default" if layer.rule is None else repr(layer.rule)
-        interval = f"{tensors['dy'].mean_interval:.1f}" if layer.is_quantized("dy") else "-"
-        products = " ".join(layer.gemms) if len(layer.gemms) < len(GEMMS) else "all"
-        return (layer.name, layer.primitive, layer.backend, rule, products, *bits, interval)
+        interval = f"{tensors['dy'].mean_interval:.1f}"
+        return (layer.name, layer.primitive, layer.backend, rule, *bits, interval)
 
 
 def make_report(state: AptState) -> Report:

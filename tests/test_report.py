@@ -48,7 +48,7 @@ def test_shares_add_up_to_one(report):
 def test_the_text_names_layers_widths_and_reasons(report):
     lines = str(report).splitlines()
     assert lines[0].split("  ")[0] == "layer"
-    assert lines[1].split() == ["first", "dot_general", "xla", "'first'", "all", "8", "6", "8", "1.0"]
-    assert lines[2].split() == ["stack", "dot_general", "xla", "default", "all", "8", "8", "8", "1.0"]
+    assert lines[1].split() == ["first", "dot_general", "xla", "'first'", "8", "6", "8", "1.0"]
+    assert lines[2].split() == ["stack", "dot_general", "xla", "default", "8", "8", "8", "1.0"]
     assert "backend xla: asked for" in lines
     assert lines[-1] == "after 4 training steps"
