@@ -49,7 +49,7 @@ def mesh(data, model, kind=AxisType.Auto):
 
 def main():
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((6, 8), (8, 4), (1024, 6))
+    shapes = ((6, 8), (8, 4), (16, 6))
     a, b, x = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
     p = {"a": {"kernel": a}, "b": {"kernel": b}}
     scale = jnp.asarray(np.random.default_rng(0).uniform(0.001, 0.003, (16, 4)), jnp.float32).at[0, 0].set(1)
