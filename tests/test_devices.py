@@ -28,4 +28,4 @@ def run(*args, devices):
 def test_four_devices_choose_the_bits_of_one(backend):
     """Data parallel, tensor parallel and both, by shard_map and by sharded arrays; see the program."""
     output = run(pathlib.Path(__file__).with_name("program_on_devices.py"), backend, devices=4)
-    assert output.split() == ["data", "tensor", "both", "untyped", "jit", "explicit", "ok"]
+    assert output.split() == ["data", "tensor", "both", "untyped", "jit", "ok"]
