@@ -6,6 +6,7 @@ Source: Zhang et al., arXiv 1911.00361.
 from jax_apt.config import Adaptive, Backend, Config, Rule
 from jax_apt.fixed_point import Fixed, dequantize, exponent_for, quantize, quantize_to
 from jax_apt.ops import CODES_NAME
+from jax_apt.presets import PRESETS, ends_in_float
 from jax_apt.qem import measure_error
 from jax_apt.qpa import TensorPrecision, update_interval
 from jax_apt.report import Report
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CODES_NAME",
+    "PRESETS",
     "Adaptive",
     "AptFunction",
     "AptState",
@@ -28,6 +30,7 @@ __all__ = [
     "TensorPrecision",
     "apt_quantize",
     "dequantize",
+    "ends_in_float",
     "exponent_for",
     "measure_error",
     "quantize",

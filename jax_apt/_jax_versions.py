@@ -15,8 +15,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 JIT = ("jit", "pjit")
 REMAT = ("remat2", "remat", "checkpoint")
 CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call")
-CALL = ("closed_call", "core_call")
-OTHER_PRODUCTS = ("ragged_dot_general", "ragged_dot")
+CALL = ("closed_call", "core_call", "custom_vmap_call", "composite")
+RAGGED = ("ragged_dot_general",)
+SOLVERS = ("custom_linear_solve",)  # lax.custom_root is one of them, or a HiPrim named CustomRoot
+OPAQUE = ("pure_callback", "io_callback")
+OTHER_PRODUCTS = ("bcoo_dot_general",)
 
 _LIBRARIES = tuple(
     os.path.join(sysconfig.get_paths()[kind], package) + os.sep
@@ -43,13 +46,60 @@ def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
 
 
 def sub_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
-    """Every jaxpr among an equation's parameters."""
+    """Every jaxpr among an equation's parameters; for a HiPrim what it expands to, and its gradient."""
     found = []
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (Jaxpr, ClosedJaxpr)):
                 found.append(closed(item))
+    if "_prim" in eqn.params:
+        found += [_expansion(eqn), gradient_program(eqn)]
     return found
+
+
+def _expansion(eqn: JaxprEqn) -> ClosedJaxpr:
+    """The program that a HiPrim ("call_hi_primitive") stands for."""
+    primitive = eqn.params["_prim"]
+
+    def expanded(*args):
+        return primitive.expand(*jax.tree.unflatten(primitive.in_tree, args))
+
+    return jax.make_jaxpr(expanded)(*(jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in eqn.invars))
+
+
+def name(eqn: JaxprEqn) -> str:
+    """Name of an equation's primitive; a HiPrim goes by its own."""
+    if "_prim" in eqn.params:
+        return type(eqn.params["_prim"]).__name__
+    return eqn.primitive.name
+
+
+def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried."""
+    if "num_consts" in eqn.params:  # before jax 0.12
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def jit_shardings(eqn: JaxprEqn) -> tuple[list, list]:
+    """Shardings that a jit asks of its inputs and outputs; None where it asks for none."""
+
+    def asked(shardings):
+        return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
+
+    return asked(eqn.params["in_shardings"]), asked(eqn.params["out_shardings"])
+
+
+def varying_axes(x) -> frozenset[str]:
+    """Mesh axes of `shard_map` along which devices hold different values of `x`, as its type says."""
+    return jax.typeof(x).mat.varying
+
+
+def as_varying(x, axes: frozenset[str]):
+    """`x` with a type that varies along `axes` too."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:

@@ -14,6 +14,8 @@ MIN_BITS, MAX_BITS = 2, 24
 Backend = Literal["auto", "native", "xla", "emulate"]
 BACKENDS: tuple[str, ...] = ("auto", "native", "xla", "emulate")
 MODES: tuple[str, ...] = ("grow", "restart")
+ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic")
+GEMMS: tuple[str, ...] = ("fwd", "dx", "dw")
 MEASURES: tuple[str, ...] = ("mean_magnitude", "elementwise", "resolution")
 
 
@@ -114,7 +116,7 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class Rule:
-    """Widths and backend of the layers whose name the regular expression finds; first match wins.
+    """Widths and backend of the layers that it hits; the first rule that hits a layer wins.
 
     Attributes:
       match: regular expression searched in the layer's name ("" matches every layer).
@@ -123,10 +125,18 @@ class Rule:
       grads: bit-width of activation gradients, likewise.
       backend: "auto", "native", "xla" or "emulate"; None takes that of `apt_quantize`.
       quantize: False leaves the layer in float.
+      gemms: which of the layer's three products run in fixed point: "fwd" (the forward one), "dx" (the
+        gradient of the activation) and "dw" (that of the weight). The others are JAX's own float32
+        products of the operands as they were before quantization.
+      rounding: of the activation gradients, "nearest" (ties to even) or "stochastic" (unbiased).
+      primitive: name of the primitive that the layer must be, for example "conv_general_dilated"; None:
+        any.
+      shape: shape that the layer's weight must have, None for a dimension that may have any size, for
+        example `(1, 1, None, None)`; None: any. Products of two activations have no weight.
 
     Raises:
-      ValueError: `match` is no regular expression, a width is outside 2..24, the backend is unknown, or
-        `quantize` is neither True nor False.
+      ValueError: `match` is no regular expression, a width is outside 2..24, `gemms` is empty or names
+        another product, the rounding or the backend is unknown, or `quantize` is neither True nor False.
     """
 
     match: str = ""
@@ -135,6 +145,10 @@ class Rule:
     grads: int | Adaptive = Adaptive(8, 16, 24)
     backend: Backend | None = None
     quantize: bool = True
+    gemms: tuple[str, ...] = GEMMS
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    primitive: str | None = None
+    shape: tuple[int | None, ...] | None = None
 
     def __post_init__(self):
         try:
@@ -145,11 +159,35 @@ class Rule:
             candidates(widths)
         if self.backend is not None:
             check_backend(self.backend)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
+        if isinstance(self.gemms, str) or not self.gemms or not set(self.gemms) <= set(GEMMS):
+            raise ValueError(
+                f"gemms must be a tuple of {', '.join(GEMMS)}, at least one; got {self.gemms!r} "
+                "(quantize=False leaves all three in float)"
+            )
         if not isinstance(self.quantize, bool):
             raise ValueError(f"quantize must be True or False, got {self.quantize!r}")
 
-    def hits(self, name: str) -> bool:
-        return re.search(self.match, name) is not None
+    def hits(self, name: str, primitive: str, weight_shape: tuple[int, ...] | None) -> bool:
+        """Whether the rule is for a layer of this name, primitive and shape of weight."""
+        return (
+            re.search(self.match, name) is not None
+            and self.primitive in (None, primitive)
+            and (self.shape is None or _fits(self.shape, weight_shape))
+        )
+
+    def __str__(self) -> str:
+        """What it hits, as the report names it."""
+        conditions = {"primitive": self.primitive, "shape": self.shape}
+        return " ".join([self.match, *(f"{k}={v}" for k, v in conditions.items() if v)]).strip()
+
+
+def _fits(pattern: tuple[int | None, ...], shape: tuple[int, ...] | None) -> bool:
+    return (
+        shape is not None
+        and len(pattern) == len(shape)
+        and all(p is None or p == n for p, n in zip(pattern, shape, strict=True))
+    )
 
 
 def candidates(widths: int | Adaptive) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ container, which the symmetric range never uses, marks a value that was NaN or i
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -115,6 +116,27 @@ def as_float32(x) -> Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"a tensor to quantize must be floating point, got {x.dtype}; cast it first")
     return x.astype(jnp.float32)
+
+
+def round_stochastically(x: Array, exponent, key: Array) -> Array:
+    """`x` moved up or down to a multiple of 2**exponent, at random so that `x` is the expected value.
+
+    `quantize` takes the result to its code without rounding again, so this works ahead of every backend.
+    The fraction is exact in float32, and is compared with a uniform number of 24 bits, so the bias is
+    below 2**-24 of a step. Magnitudes from 2**24 steps on, more than any width holds, may shrink to there;
+    NaN and infinities stay.
+
+    Args:
+      x: float32, any shape.
+      exponent: int32 scalar.
+      key: a JAX random key.
+    """
+    top = jnp.float32(2.0**24)
+    scaled = jnp.clip(x * power_of_two(-exponent), -top, top)
+    below = jnp.floor(scaled)
+    uniform = (jax.random.bits(key, x.shape, jnp.uint32) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    codes = below + (uniform < scaled - below).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(x), codes * power_of_two(exponent), x)
 
 
 def rounded(x: Array, bits, exponent) -> Array:

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxpr_as_fun
 
-from jax_apt.config import Config
-from jax_apt.fixed_point import exponent_for
-from jax_apt.products import Operand, Programs, quantize_operand, run
+from jax_apt import _jax_versions as versions
+from jax_apt.config import GEMMS, Config
+from jax_apt.fixed_point import exponent_for, round_stochastically
+from jax_apt.products import Operand, Program, Programs, quantize_operand, run
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
 from jax_apt.state import to_tap
@@ -36,6 +38,10 @@ class Site(NamedTuple):
     widths: tuple[tuple[int, ...], ...]  # candidates of x, w, dy, padded to one length
     backend: str
     config: Config
+    gemms: tuple[str, ...] = GEMMS  # which of the three products run in fixed point
+    rounding: str = "nearest"  # of dy
+    seed: int = 0  # of stochastic rounding
+    mesh_axes: tuple[str, ...] = ()  # of a `shard_map` around, along which operands may differ
 
 
 def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: Array) -> Array:
@@ -44,7 +50,7 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
     Args:
       site: the product.
       lhs, rhs: float32 operands, shapes as the product was traced with.
-      formats: int32 (3, 3): bits, exponent and whether to measure, of x, w and dy.
+      formats: int32 (3, 4): bits, exponent, whether to measure and training step, of x, w and dy.
       tap: float32 (3, S) zeros; its cotangent is the statistics of the step.
 
     Returns:
@@ -52,27 +58,26 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
     """
 
     lhs_slot, rhs_slot = (_W, _X) if site.is_weight_lhs else (_X, _W)
-    programs, backend = site.programs, site.backend
+    lhs_gemm, rhs_gemm = ("dw", "dx") if site.is_weight_lhs else ("dx", "dw")  # that give its gradient
+    programs = site.programs
 
     @jax.custom_vjp
     def product(lhs, rhs, formats, tap):
         return forward(lhs, rhs, formats, tap)[0]
 
     def forward(lhs, rhs, formats, tap):
-        lhs, lhs_measured = _quantized(site, lhs_slot, lhs, formats)
-        rhs, rhs_measured = _quantized(site, rhs_slot, rhs, formats)
-        kept = checkpoint_name([(x.number, x.nonfinite) for x in (lhs, rhs)], CODES_NAME)
-        return run(programs.forward, lhs, rhs, backend), (kept, lhs_measured, rhs_measured, formats)
+        lhs_operand, lhs_measured = _quantized(site, lhs_slot, ("fwd", rhs_gemm), lhs, formats)
+        rhs_operand, rhs_measured = _quantized(site, rhs_slot, ("fwd", lhs_gemm), rhs, formats)
+        out = _run(site, "fwd", programs.forward, (lhs_operand, lhs), (rhs_operand, rhs))
+        kept = _kept(site, rhs_gemm, lhs_operand, lhs), _kept(site, lhs_gemm, rhs_operand, rhs)
+        return out, (kept, lhs_measured, rhs_measured, formats)
 
     def backward(residuals, gradient):
-        kept, lhs_measured, rhs_measured, formats = residuals
-        lhs, rhs = (
-            Operand(number, site.widths[slot], nonfinite)
-            for (number, nonfinite), slot in zip(kept, (lhs_slot, rhs_slot), strict=True)
-        )
-        dy, dy_measured = _quantized(site, _DY, gradient, formats)
-        lhs_gradient = run(programs.lhs_gradient, rhs, dy, backend)
-        rhs_gradient = run(programs.rhs_gradient, lhs, dy, backend)
+        (lhs, rhs), lhs_measured, rhs_measured, formats = residuals
+        dy, dy_measured = _quantized(site, _DY, (lhs_gemm, rhs_gemm), gradient, formats)
+        lhs, rhs = _restored(site, lhs_slot, lhs), _restored(site, rhs_slot, rhs)
+        lhs_gradient = _run(site, lhs_gemm, programs.lhs_gradient, rhs, (dy, gradient))
+        rhs_gradient = _run(site, rhs_gemm, programs.rhs_gradient, lhs, (dy, gradient))
         measured = {lhs_slot: lhs_measured, rhs_slot: rhs_measured, _DY: dy_measured}
         tap = jnp.stack([to_tap(measured[slot]) for slot in (_X, _W, _DY)])
         return lhs_gradient, rhs_gradient, np.zeros(formats.shape, jax.dtypes.float0), tap
@@ -81,47 +86,94 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
     return product(lhs, rhs, formats, tap)
 
 
-def _quantized(site: Site, slot: int, value: Array, formats: Array) -> tuple[Operand, Measurement]:
-    """Operand in the format that this very step uses, and what was measured to choose it."""
+# One of the three products. Its operands are pairs: quantized (None where no product needs that), and float.
+
+
+def _run(site: Site, gemm: str, program: Program, a, b) -> Array:
+    if gemm in site.gemms:
+        return run(program, a[0], b[0], site.backend)
+    return jaxpr_as_fun(program.jaxpr)(a[1], b[1])[0]
+
+
+def _kept(site: Site, gemm: str, operand: Operand | None, value: Array):
+    """Residuals that a later product needs: codes if it is quantized, else the tensor itself."""
+    if gemm in site.gemms:
+        assert operand is not None
+        return checkpoint_name((operand.number, operand.nonfinite), CODES_NAME), None
+    return None, value
+
+
+def _restored(site: Site, slot: int, kept) -> tuple[Operand | None, Array]:
+    codes, value = kept
+    return (None if codes is None else Operand(codes[0], site.widths[slot], codes[1])), value
+
+
+def _quantized(
+    site: Site, slot: int, gemms: tuple[str, ...], value: Array, formats: Array
+) -> tuple[Operand | None, Measurement]:
+    """Operand of `gemms` in the format that this very step uses, and what was measured to choose it."""
     widths = site.widths[slot]
-    bits, exponent, should_measure = formats[slot]
+    nothing = _nothing(widths, value)
+    if not set(gemms) & set(site.gemms):
+        return None, nothing
+    bits, exponent, should_measure, step = formats[slot]
     bits, exponent, measured = lax.cond(
         should_measure == 1,
-        lambda: _measure(value, bits, exponent, widths, site.config),
-        lambda: (bits, exponent, _nothing(widths)),
+        lambda: _measure(value, bits, exponent, widths, site),
+        lambda: (bits, exponent, nothing),
     )
+    if slot == _DY and site.rounding == "stochastic":
+        value = round_stochastically(value, exponent, _key(site.seed, step, value))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
     return operand, measured._replace(nonfinite=operand.nonfinite)
 
 
-def _measure(value: Array, bits, exponent, widths, config: Config):
-    """Chooses a format from the tensor at hand; one of zeros or with NaN keeps its format."""
+def _key(seed: int, step: Array, value: Array) -> Array:
+    """A key of the layer, the step and the tensor, so that a layer used twice in a step draws anew."""
+    pattern = lax.bitcast_convert_type(value, jnp.uint32)
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(key, jnp.sum(pattern, dtype=jnp.uint32))
+
+
+def _measure(value: Array, bits, exponent, widths, site: Site):
+    """Chooses a format from the tensor at hand; one of zeros or with NaN keeps its format.
+
+    Inside a `shard_map` the devices choose together, from the range and the sums of the whole tensor; each
+    reports its own part.
+    """
+    config, axes = site.config, site.mesh_axes
     magnitude = jnp.abs(value)
     max_abs = jnp.max(magnitude, initial=0.0)
+    max_abs = lax.pmax(max_abs, axes) if axes else max_abs
     table = jnp.array(widths, jnp.int32)
     exponents = exponent_for(max_abs[None], table)
     distinct = len(set(widths))  # the last width may be repeated, to fill up
     errors = error_sums(value, table[:distinct], exponents[:distinct], config.measure)
-    measured = Measurement(
-        count=jnp.float32(1.0),
-        nonfinite=jnp.float32(0.0),
+    nothing = _nothing(widths, value)
+    measured = nothing._replace(
+        count=nothing.count + 1,
         abs_sum=jnp.sum(magnitude),
         error_sums=jnp.append(errors, jnp.repeat(errors[-1:], len(widths) - distinct)),
-        exponents=exponents,
+        exponents=nothing.exponents + exponents,
     )
-    chosen, _ = choose(bits, measured, table, config)
+    total = measured
+    if axes:
+        abs_sum, errors = lax.psum((measured.abs_sum, measured.error_sums), axes)
+        total = measured._replace(abs_sum=abs_sum, error_sums=errors)
+    chosen, _ = choose(bits, total, table, config)
     is_range = (max_abs > 0) & jnp.isfinite(max_abs)
-    kept = jax.tree.map(lambda new, old: jnp.where(is_range, new, old), measured, _nothing(widths))
-    kept = kept._replace(count=jnp.float32(1.0))
+    kept = jax.tree.map(lambda new, old: jnp.where(is_range, new, old), measured, nothing)
+    kept = kept._replace(count=measured.count)
     return (
         jnp.where(is_range, table[chosen], bits),
-        jnp.where(is_range, measured.exponents[chosen], exponent),
+        jnp.where(is_range, exponents[chosen], exponent),
         kept,
     )
 
 
-def _nothing(widths) -> Measurement:
-    zero = jnp.float32(0.0)
-    return Measurement(
-        zero, zero, zero, jnp.zeros(len(widths), jnp.float32), jnp.zeros(len(widths), jnp.int32)
-    )
+def _nothing(widths, value: Array) -> Measurement:
+    """Zeros, varying over the same devices as `value`."""
+    zero, size = jnp.float32(0.0), len(widths)
+    zeros = Measurement(zero, zero, zero, jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.int32))
+    axes = versions.varying_axes(value)
+    return jax.tree.map(lambda x: versions.as_varying(x, axes), zeros) if axes else zeros

@@ -8,6 +8,7 @@ activations takes the name stack, or its primitive's name.
 
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
 from jax_apt.config import Rule, candidates
 from jax_apt.products import PRODUCTS
+from jax_apt.ragged import ragged_program
 from jax_apt.state import Layer, Layout, LeftInFloat
 
 _WEIGHT_LEAVES = ("kernel", "weight", "w", "embedding")
@@ -120,7 +122,7 @@ def layer_name(path: str) -> str:
 
 def has_product(jaxpr: ClosedJaxpr) -> bool:
     return any(
-        eqn.primitive.name in (*PRODUCTS, *versions.OTHER_PRODUCTS)
+        eqn.primitive.name in (*PRODUCTS, *versions.RAGGED, *versions.OTHER_PRODUCTS)
         or any(map(has_product, versions.sub_jaxprs(eqn)))
         for eqn in jaxpr.jaxpr.eqns
     )
@@ -138,7 +140,7 @@ class _Planner:
     used: set[int] = field(default_factory=set)
 
     def layout(self) -> Layout:
-        unused = tuple(r.match for i, r in enumerate(self.rules) if i not in self.used)
+        unused = tuple(str(r) for i, r in enumerate(self.rules) if i not in self.used)
         return Layout(tuple(self.found.values()), tuple(self.left.values()), unused)
 
     def walk(
@@ -162,21 +164,37 @@ class _Planner:
 
     def _visit(self, eqn, inputs: list[Label], stack, scope):
         """(node or None, labels of the outputs) of one equation."""
-        name = eqn.primitive.name
+        name = versions.name(eqn)
         outputs = [_join(inputs)] * len(eqn.outvars)
         if name in PRODUCTS:
             return self._product(eqn, inputs, stack, scope), outputs
         if name in versions.OTHER_PRODUCTS:
             self._leave(scope or name, eqn, f"{name} has no fixed-point form")
             return None, outputs
-        if not any(map(has_product, versions.sub_jaxprs(eqn))):
+        if name in versions.OPAQUE:
+            self._leave(scope or name, eqn, "not a JAX program: whatever it computes stays as it is")
             return None, outputs
-        if name not in _BODIES:
+        if name in versions.RAGGED or any(map(has_product, versions.sub_jaxprs(eqn))):
+            return _BODIES.get(name, _Planner._unreachable)(self, eqn, inputs, stack, scope)
+        return None, outputs
+
+    def _unreachable(self, eqn, inputs, stack, scope):
+        """A primitive whose body cannot be replayed: left in float if a rule says so, else an error."""
+        name = _join_scope(scope, versions.name(eqn))
+        index, rule = self._rule_for(name, eqn, None)
+        if index is None or rule.quantize:
             raise NotImplementedError(
                 f"{name} at {versions.source_line(eqn)} hides a matrix product or convolution that "
-                "apt_quantize cannot reach; call it outside the quantized function"
+                "apt_quantize cannot reach; call it outside the quantized function, or leave it in float "
+                f"with Rule({re.escape(name)!r}, quantize=False)"
             )
-        return _BODIES[name](self, eqn, inputs, stack, scope)
+        self._leave(name, eqn, f"rule {str(rule)!r}")
+        return None, [_join(inputs)] * len(eqn.outvars)
+
+    def _solver(self, eqn, inputs, stack, scope):
+        name = _join_scope(scope, versions.name(eqn))
+        self._leave(name, eqn, "a solver: its iteration needs its products as they are")
+        return None, [_join(inputs)] * len(eqn.outvars)
 
     # Bodies
 
@@ -185,24 +203,36 @@ class _Planner:
         plan, outputs = self.walk(body, inputs, stack, scope)
         return Nested((plan,)), outputs
 
+    def _ragged(self, eqn, inputs, stack, scope):
+        body = ragged_program(eqn)
+        if body is None:
+            self._leave(
+                scope or eqn.primitive.name, eqn, "this form of ragged_dot_general has none in fixed point"
+            )
+            return None, [_join(inputs)] * len(eqn.outvars)
+        plan, outputs = self.walk(body, inputs, stack, scope)
+        return Nested((plan,)), outputs
+
     def _scan(self, eqn, inputs, stack, scope):
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = versions.scan_parts(eqn)
         scanned = inputs[consts + carry :]
         is_over_layers = any(label is not None and label.path for label in scanned)
         inner = (*stack, eqn.params["length"]) if is_over_layers else stack
         labels = [*inputs[:consts], *[None] * carry, *scanned]
-        plan, outputs = self.walk(eqn.params["jaxpr"], labels, inner, scope)
+        (body,) = versions.sub_jaxprs(eqn)
+        plan, outputs = self.walk(body, labels, inner, scope)
         return Nested((plan,), is_over_layers), outputs
 
     def _while(self, eqn, inputs, stack, scope):
         c, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry: list[Label] = [None] * (len(inputs) - c - b)
-        test, _ = self.walk(eqn.params["cond_jaxpr"], [*inputs[:c], *carry], stack, scope)
-        body, outputs = self.walk(eqn.params["body_jaxpr"], [*inputs[c : c + b], *carry], stack, scope)
+        test, _ = self.walk(versions.closed(eqn.params["cond_jaxpr"]), [*inputs[:c], *carry], stack, scope)
+        program = versions.closed(eqn.params["body_jaxpr"])
+        body, outputs = self.walk(program, [*inputs[c : c + b], *carry], stack, scope)
         return Nested((test, body)), outputs
 
     def _cond(self, eqn, inputs, stack, scope):
-        walks = [self.walk(b, inputs[1:], stack, scope) for b in eqn.params["branches"]]
+        walks = [self.walk(b, inputs[1:], stack, scope) for b in versions.sub_jaxprs(eqn)]
         outputs = [_join(labels) for labels in zip(*(out for _, out in walks), strict=True)]
         return Nested(tuple(plan for plan, _ in walks)), outputs
 
@@ -227,9 +257,9 @@ class _Planner:
         if _is_integer_product(eqn):
             self._leave(name, eqn, "an integer product is exact already")
             return None
-        index, rule = self._rule_for(name)
+        index, rule = self._rule_for(name, eqn, parameter)
         if not rule.quantize:
-            self._leave(name, eqn, f"rule {rule.match!r}")
+            self._leave(name, eqn, f"rule {str(rule)!r}")
             return None
         _check_dtypes(eqn, name)
         backend, reason = choose_backend(rule.backend or self.backend)
@@ -241,13 +271,16 @@ class _Planner:
             widths=(_widths(rule, other), _widths(rule, weight), candidates(rule.grads)),
             backend=backend,
             reason=reason,
-            rule=rule.match if index is not None else None,
+            rule=str(rule) if index is not None else None,
+            gemms=tuple(rule.gemms),
+            rounding=rule.rounding,
         )
         return QuantizedProduct(self._register(layer, bool(parameter)), is_weight_lhs)
 
-    def _rule_for(self, name: str) -> tuple[int | None, Rule]:
+    def _rule_for(self, name: str, eqn, parameter: Label) -> tuple[int | None, Rule]:
+        shape = parameter.shape if parameter else None
         for i, rule in enumerate(self.rules):
-            if rule.hits(name):
+            if rule.hits(name, versions.name(eqn), shape):
                 self.used.add(i)
                 return i, rule
         return None, _DEFAULT_RULE
@@ -264,7 +297,7 @@ class _Planner:
 
     def _leave(self, name: str, eqn: JaxprEqn, reason: str) -> None:
         name = next(n for n in _numbered(name) if n not in self.left)
-        self.left[name] = LeftInFloat(name, eqn.primitive.name, reason)
+        self.left[name] = LeftInFloat(name, versions.name(eqn), reason)
 
 
 _BODIES = {
@@ -272,7 +305,9 @@ _BODIES = {
     "while": _Planner._while,
     "cond": _Planner._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Planner._custom_rule),
-    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL), _Planner._call),
+    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL, "shard_map"), _Planner._call),
+    **dict.fromkeys(versions.RAGGED, _Planner._ragged),
+    **dict.fromkeys((*versions.SOLVERS, "CustomRoot"), _Planner._solver),
 }
 
 

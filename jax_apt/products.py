@@ -63,7 +63,10 @@ def quantize_operand(value: Array, bits, exponent, widths: tuple[int, ...], back
     """
     if backend == "native":
         limbs = xla_ops.limb_count(widths[-1])
-        codes, nonfinite = xla_ops.quantize(value, bits, exponent, limbs=limbs)
+        axes = versions.varying_axes(value)  # of which a custom call knows nothing
+        codes, nonfinite = (
+            versions.as_varying(x, axes) for x in xla_ops.quantize(value, bits, exponent, limbs=limbs)
+        )
     else:
         codes = quantize(value, bits, exponent, container(widths[-1]))
         nonfinite = count_nonfinite(codes)
@@ -133,9 +136,10 @@ def check_sums_fit(programs: Programs, lhs_bits: int, rhs_bits: int, out_bits: i
 
 def run(program: Program, a: Operand, b: Operand, backend: str) -> Array:
     """float32 result of a program on quantized operands, exact up to one rounding per element."""
+    axes = versions.varying_axes(a.number.codes) | versions.varying_axes(b.number.codes)
     return lax.cond(
         a.nonfinite + b.nonfinite == 0,
-        lambda: _exact(program, a, b, backend),
+        lambda: versions.as_varying(_exact(program, a, b, backend), axes),
         lambda: jaxpr_as_fun(program.jaxpr)(a.to_float32(), b.to_float32())[0],
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_apt.config import GEMMS
 from jax_apt.qpa import TensorPrecision
 from jax_apt.state import TENSORS, AptState, Layer, Layout
 
@@ -40,6 +41,8 @@ class Report:
                     "backend": layer.backend,
                     "reason": layer.reason,
                     "rule": layer.rule,
+                    "gemms": list(layer.gemms),
+                    "rounding": layer.rounding,
                     "tensors": {t: _as_json(r) for t, r in self.tensors[layer.name].items()},
                 }
                 for layer in self.layout.layers
@@ -55,6 +58,14 @@ class Report:
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         reasons = {f"{x.backend}: {x.reason}": None for x in self.layout.layers}
         lines += [f"backend {reason}" for reason in reasons]
+        lines += [
+            f"{x.name}: of its products only {', '.join(x.gemms)} in fixed point"
+            for x in self.layout.layers
+            if x.gemms != GEMMS
+        ]
+        lines += [
+            f"{x.name}: gradients rounded at random" for x in self.layout.layers if x.rounding != "nearest"
+        ]
         lines += [f"left in float: {x.name} ({x.primitive}): {x.reason}" for x in self.layout.left_in_float]
         lines += [f"rule {rule!r} hit no layer" for rule in self.layout.unused_rules]
         lines += [
@@ -67,7 +78,7 @@ class Report:
 
     def _row(self, layer: Layer) -> tuple[str, ...]:
         tensors = self.tensors[layer.name]
-        bits = [_brief(tensors[t].bits) for t in TENSORS]
+        bits = [_brief(tensors[t].bits) if layer.is_quantized(t) else "float" for t in TENSORS]
         rule = "default" if layer.rule is None else repr(layer.rule)
         interval = f"{tensors['dy'].mean_interval:.1f}"
         return (layer.name, layer.primitive, layer.backend, rule, *bits, interval)

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_apt.config import Config
+from jax_apt.config import GEMMS, Config
 from jax_apt.fixed_point import MAX_EXPONENT, MIN_EXPONENT
 from jax_apt.qpa import Measurement, TensorPrecision, adjust
 
 TENSORS = ("x", "w", "dy")  # activation, weight (or second activation), output gradient
+OPERANDS = {"fwd": ("x", "w"), "dx": ("dy", "w"), "dw": ("x", "dy")}  # what each product takes
 
 _EXPONENTS = MAX_EXPONENT - MIN_EXPONENT + 1
 
@@ -38,7 +39,13 @@ class Layer(NamedTuple):
     widths: tuple[tuple[int, ...], ...]  # candidate bit-widths of x, w, dy
     backend: str  # "native", "xla" or "emulate"
     reason: str  # why this backend
-    rule: str | None  # regular expression of the rule that hit it; None: the default
+    rule: str | None  # conditions of the rule that hit it; None: the default
+    gemms: tuple[str, ...] = GEMMS  # which of its products are quantized
+    rounding: str = "nearest"  # of dy
+
+    def is_quantized(self, tensor: str) -> bool:
+        """Whether some quantized product of the layer takes the tensor "x", "w" or "dy"."""
+        return any(tensor in OPERANDS[gemm] for gemm in self.gemms)
 
 
 class LeftInFloat(NamedTuple):
@@ -133,7 +140,7 @@ def initial_state(layout: Layout) -> AptState:
 
 
 def formats(state: AptState) -> dict[str, Array]:
-    """Per layer, int32 `stack + (3, 3)`: bits, exponent and whether to measure, of x, w and dy.
+    """Per layer, int32 `stack + (3, 4)`: bits, exponent, whether to measure and step, of x, w and dy.
 
     With taps (training) a tensor is measured when its update is due; without them only if it never was.
     """
@@ -141,8 +148,9 @@ def formats(state: AptState) -> dict[str, Array]:
     is_due = p.updates == 0
     if state.taps is not None:
         is_due = is_due | (p.next_update <= state.step)
-    table = jnp.stack([p.bits, p.exponent, is_due.astype(jnp.int32)], axis=-1)
-    return {layer.name: table[rows].reshape(*layer.stack, 3, 3) for layer, rows in state.layout.rows()}
+    step = jnp.broadcast_to(state.step, p.bits.shape)
+    table = jnp.stack([p.bits, p.exponent, is_due.astype(jnp.int32), step], axis=-1)
+    return {layer.name: table[rows].reshape(*layer.stack, 3, 4) for layer, rows in state.layout.rows()}
 
 
 # Taps: what a quantized product reports

@@ -4,6 +4,7 @@ The function is traced to a jaxpr and replayed; `dot_general` and `conv_general_
 quantized products, everything else runs as it was. No monkey-patching, no global context.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.extend.core import JaxprEqn, Literal
+from jax.sharding import PartitionSpec
 
 from jax_apt import _jax_versions as versions
 from jax_apt.config import Backend, Config, Rule, check_backend
@@ -30,6 +32,7 @@ from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
 from jax_apt.state import (
     AptState,
+    Layer,
     Layout,
     check_same_layers,
     check_state,
@@ -138,8 +141,8 @@ class AptFunction:
         check_taps(state, taps)
         table = formats(state)
         sites = {name: (table[name], taps[name]) for name in traced.layout.names()}
-        backends = {layer.name: layer.backend for layer in traced.layout.layers}
-        replayer = _Replayer(self.config, state.layout.padded_widths(), backends)
+        layers = {layer.name: layer for layer in traced.layout.layers}
+        replayer = _Replayer(self.config, state.layout.padded_widths(), layers)
         try:
             out = replayer.replay(traced.plan, traced.inputs, sites)
         except TypeError as error:
@@ -258,7 +261,9 @@ class _Replayer:
 
     config: Config
     widths: dict[str, tuple[tuple[int, ...], ...]]  # layer name -> padded candidates of x, w, dy
-    backends: dict[str, str]  # layer name -> backend
+    layers: dict[str, Layer]
+    mesh_axes: tuple[str, ...] = ()  # those that a `shard_map` around maps over
+    is_typed: bool = True  # whether that `shard_map` checks along which of them a value varies
 
     def replay(self, plan: Plan, args: Sequence, sites: Sites) -> list:
         values: dict = dict(zip(plan.jaxpr.jaxpr.invars, args, strict=True))
@@ -282,27 +287,41 @@ class _Replayer:
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites) -> Array:
         lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
+        formats, tap = sites[node.layer]
+        axes = self.mesh_axes
+        if axes and self.is_typed:
+            varying = versions.varying_axes(lhs) | versions.varying_axes(rhs)
+            lhs, rhs, tap = (versions.as_varying(x, varying) for x in (lhs, rhs, tap))
+            axes = tuple(a for a in axes if a in varying)
+        layer = self.layers[node.layer]
         site = Site(
             programs=trace_programs(eqn, lhs.shape, rhs.shape),
             is_weight_lhs=node.is_weight_lhs,
             widths=self.widths[node.layer],
-            backend=self.backends[node.layer],
+            backend=layer.backend,
             config=self.config,
+            gemms=layer.gemms,
+            rounding=layer.rounding,
+            seed=zlib.crc32(layer.name.encode()),
+            mesh_axes=axes,
         )
         _check_sums_fit(eqn, node, site)
         with jax.named_scope(f"apt/{node.layer}"):
-            out = quantized_product(site, lhs, rhs, *sites[node.layer])
+            out = quantized_product(site, lhs, rhs, formats, tap)
         return out.astype(versions.aval(eqn.outvars[0]).dtype)
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
-        return _BODIES[eqn.primitive.name](self, eqn, node, inputs, sites)
+        return _BODIES[versions.name(eqn)](self, eqn, node, inputs, sites)
 
     def _body(self, plan: Plan, sites: Sites, *args) -> list:
         return self.replay(plan, args, sites)
 
     def _jit(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        asked_in, asked_out = versions.jit_shardings(eqn)
+
         def named(sites, *args):
-            return self._body(node.bodies[0], sites, *args)
+            out = self._body(node.bodies[0], sites, *map(_constrained, args, asked_in))
+            return list(map(_constrained, out, asked_out))
 
         named.__name__ = named.__qualname__ = str(eqn.params.get("name", "jit"))
         return jax.jit(named, inline=eqn.params.get("inline", False))(sites, *inputs)
@@ -322,20 +341,40 @@ class _Replayer:
     def _scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """One precision per slice in a scan over layers, one for all steps in a scan over time."""
         p = eqn.params
-        consts, rest = inputs[: p["num_consts"]], inputs[p["num_consts"] :]
-        carry, xs = rest[: p["num_carry"]], rest[p["num_carry"] :]
+        num_consts, num_carry = versions.scan_parts(eqn)
+        consts, rest = inputs[:num_consts], inputs[num_consts:]
+        carry, xs = rest[:num_carry], rest[num_carry:]
 
         def step(carry, scanned):
             xs, sliced = scanned
             inner = sliced if node.is_over_layers else sites
             out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner)
-            return out[: p["num_carry"]], out[p["num_carry"] :]
+            return out[:num_carry], out[num_carry:]
 
         scanned = (xs, sites if node.is_over_layers else None)
         carry, ys = lax.scan(
             step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
         )
         return [*carry, *ys]
+
+    def _shard_map(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
+        """Formats are the same on all devices; what a device measures is added to the others'."""
+        p = eqn.params
+        axes = tuple(sorted(p["newly_manual_axes"]))
+        inner = replace(self, mesh_axes=(*self.mesh_axes, *axes), is_typed=p["check_vma"])
+
+        def body(sites, *args):
+            return tuple(inner.replay(node.bodies[0], args, sites))
+
+        mapped = jax.shard_map(
+            body,
+            mesh=p["mesh"],
+            in_specs=(PartitionSpec(), *p["in_specs"]),
+            out_specs=tuple(p["out_specs"]),
+            axis_names=set(axes),
+            check_vma=p["check_vma"],
+        )
+        return list(mapped(sites, *inputs))
 
     def _while(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         c, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -390,14 +429,19 @@ class _Replayer:
 
 
 _BODIES = {
+    "shard_map": _Replayer._shard_map,
     "scan": _Replayer._scan,
     "while": _Replayer._while,
     "cond": _Replayer._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Replayer._custom_rule),
     **dict.fromkeys(versions.JIT, _Replayer._jit),
     **dict.fromkeys(versions.REMAT, _Replayer._remat),
-    **dict.fromkeys(versions.CALL, _Replayer._call),
+    **dict.fromkeys((*versions.CALL, *versions.RAGGED), _Replayer._call),
 }
+
+
+def _constrained(x, sharding):
+    return x if sharding is None else lax.with_sharding_constraint(x, sharding)
 
 
 def _check_sums_fit(eqn: JaxprEqn, node: QuantizedProduct, site: Site) -> None:

@@ -89,8 +89,9 @@ def test_backends():
 
 
 def test_rules_search_the_name():
-    assert Rule("Conv_1").hits("block/Conv_1/dot") and not Rule("^Conv").hits("block/Conv_1")
-    assert Rule().hits("") and Rule().hits("anything")
+    assert Rule("Conv_1").hits("block/Conv_1/dot", "dot_general", None)
+    assert not Rule("^Conv").hits("block/Conv_1", "dot_general", None)
+    assert Rule().hits("", "dot_general", None) and Rule().hits("anything", "dot_general", (3,))
 
 
 @pytest.mark.parametrize("match", ["(", 3, None, b"Conv"])

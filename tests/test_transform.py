@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.experimental import io_callback
+from jax.experimental.sparse import BCOO
+from jax.sharding import PartitionSpec
 
 import jax_apt as apt
 from jax_apt import xla_ops
@@ -135,9 +138,25 @@ def through_vmap(p, x):
     return jax.vmap(lambda row: jnp.tanh(row @ p["a"]["kernel"]))(x) @ p["b"]["kernel"]
 
 
+def through_shard_map(p, x):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (PartitionSpec("data"), PartitionSpec())
+    mapped = jax.shard_map(
+        lambda x, w: jnp.tanh(x @ w), mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data")
+    )
+    return mapped(x, p["a"]["kernel"]) @ p["b"]["kernel"]
+
+
+def through_ragged_dot(p, x):
+    """Three rows go to one matrix, one to the other."""
+    experts = jnp.stack([p["a"]["kernel"], -p["a"]["kernel"]])
+    return jnp.tanh(lax.ragged_dot(x, experts, jnp.array([3, 1]))) @ p["b"]["kernel"]
+
+
 CONSTRUCTS = [
     plain, through_jit, through_remat, through_scan_over_time, through_cond, through_switch,
     through_custom_vjp, through_custom_jvp, through_nesting, through_vmap,
+    through_shard_map, through_ragged_dot,
 ]  # fmt: skip
 
 
@@ -182,6 +201,86 @@ def test_backends_agree_bit_for_bit(fn):
     not_taken = {"through_cond": {"a", "b"}, "through_switch": set(state.layout.names()) - {"b"}}
     assert set(state.layout.names()) - used <= not_taken.get(fn.__name__, set())
     assert state.step == 1
+
+
+@jax.custom_batching.custom_vmap
+def own_vmap(x, w):
+    return jnp.tanh(x @ w)
+
+
+@own_vmap.def_vmap
+def _own_vmap_rule(size, in_batched, x, w):
+    return jnp.tanh(x @ w), True
+
+
+@pytest.mark.parametrize(
+    "call", [own_vmap, lax.composite(own_vmap.fun, "test.layer")], ids=["vmap", "composite"]
+)
+def test_calls_that_jax_cannot_differentiate_are_seen_through(call):
+    """JAX has no gradient of these; the quantized function, whose calls are opened, has."""
+    p, x = two_layers(), normal(2, 4, 5)
+    q = apt.apt_quantize(lambda p, x: call(x, p["a"]["kernel"]) @ p["b"]["kernel"], [WIDE], backend="xla")
+    value, grads, state = loss_and_grads(q, p, x)
+    assert state.layout.names() == ("a", "b")
+    np.testing.assert_allclose(value, jnp.mean(plain(p, x) ** 2), rtol=1e-4)
+    assert_close_gradients(grads, reference_grads(plain, p, x))
+
+
+@pytest.mark.parametrize("dims", ["rows", "depth", "batch"])
+def test_ragged_products_of_every_form(dims):
+    """Rows of no group are zero; an empty group is allowed."""
+    sizes = jnp.array([2, 0, 3])
+    if dims == "rows":
+        form, shapes = (((1,), (1,)), ((), ())), ((6, 4), (3, 4, 5))
+        numbers = lax.RaggedDotDimensionNumbers(form, [0], [0])
+    elif dims == "depth":
+        form, shapes = (((0,), (0,)), ((), ())), ((6, 4), (6, 5))
+        numbers = lax.RaggedDotDimensionNumbers(form, [0], [])
+    else:
+        form, shapes = (((2,), (2,)), ((0,), (0,))), ((2, 6, 4), (2, 3, 4, 5))
+        sizes, numbers = jnp.stack([sizes, sizes]), lax.RaggedDotDimensionNumbers(form, [1], [1])
+
+    def fn(p, x):
+        return lax.ragged_dot_general(x, p["w"], sizes, numbers)
+
+    x, p = normal(0, *shapes[0]), {"w": normal(1, *shapes[1])}
+    q = apt.apt_quantize(fn, [] if dims == "batch" else [WIDE], backend="xla")
+    state = q.init(p, x)
+    if dims == "batch":  # no form of its own here: it stays as it is, and the report says so
+        assert [left.primitive for left in state.layout.left_in_float] == ["ragged_dot_general"]
+    else:
+        assert state.layout.names() == ("w",)
+    np.testing.assert_allclose(q.apply(p, state, x), fn(p, x), rtol=1e-4, atol=1e-5)
+
+
+def matrix_of_callback(kind):
+    def fn(p, x):
+        return kind(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x) @ p["w"]
+
+    return fn
+
+
+def test_what_stays_in_float_is_listed():
+    def solver(p, x):
+        w = p["w"]
+        solution = lax.custom_linear_solve(lambda v: w @ v, x[0], lambda _, b: jnp.linalg.solve(w, b))
+        return solution[None] @ w
+
+    def sparse(p, x):
+        return BCOO.fromdense(jnp.eye(4), nse=4) @ p["w"] @ p["w"]
+
+    cases = {
+        "custom_linear_solve": solver,
+        "bcoo_dot_general": sparse,
+        "pure_callback": matrix_of_callback(jax.pure_callback),
+        "io_callback": matrix_of_callback(io_callback),
+    }
+    p, x = {"w": jnp.eye(4) * 2}, normal(0, 3, 4)
+    for name, fn in cases.items():
+        q = apt.apt_quantize(fn, [WIDE], backend="xla")
+        state = q.init(p, x)
+        assert name in [left.primitive for left in state.layout.left_in_float]
+        np.testing.assert_allclose(q.apply(p, state, x), fn(p, x), rtol=1e-4, atol=1e-5)
 
 
 def test_while_loop_runs_forward():
@@ -533,8 +632,14 @@ def test_hidden_product_names_the_line():
         shape = jax.ShapeDtypeStruct((4, 5), jnp.float32)
         return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x, p["w"])
 
-    with pytest.raises(NotImplementedError, match=r"pallas_call at .*test_transform.py:\d+"):
-        apt.apt_quantize(fn).init({"w": normal(0, 5, 5)}, normal(1, 4, 5))
+    p, x = {"w": normal(0, 5, 5)}, normal(1, 4, 5)
+    words = r"pallas_call at .*test_transform.py:\d+ .* leave it in float with Rule\('.*pallas_call'"
+    with pytest.raises(NotImplementedError, match=words):
+        apt.apt_quantize(fn).init(p, x)
+    q = apt.apt_quantize(fn, [apt.Rule("pallas_call$", quantize=False)])
+    state = q.init(p, x)
+    assert [left.reason for left in state.layout.left_in_float] == ["rule 'pallas_call$'"]
+    np.testing.assert_array_equal(q.apply(p, state, x), fn(p, x))
 
 
 # Non-finite values
