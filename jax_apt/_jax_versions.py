@@ -116,9 +116,10 @@ def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
         places = [i for i, x in enumerate(inputs) if is_float(x)]
 
         def function(*floats):
+            merged = list(args)
             for i, x in zip(places, floats, strict=True):
-                args[i] = x
-            return [out for out in bind(eqn, args) if is_float(out)]
+                merged[i] = x
+            return [out for out in bind(eqn, merged) if is_float(out)]
 
         _, pullback = jax.vjp(function, *(args[i] for i in places))
         return pullback(list(values[len(inputs) :]))
