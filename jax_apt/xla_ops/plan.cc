@@ -190,7 +190,19 @@ class Planner {
     p.lhs_elements = RoundUp(p.lhs_elements, kLine);
   }
 
-  int64_t ImageOf(const int64_t* remainder) const { return Linear(remainder, g.stride); }
+  struct Place {
+    int64_t image, point;
+  };
+
+  // Where a tap of the first output pixel lies in the images of x.
+  Place PlaceOf(const int64_t* tap) const {
+    int64_t point[kSpace], remainder[kSpace];
+    for (int d = 0; d < kSpace; ++d) {
+      point[d] = tap[d] * g.dilation[d] / g.stride[d];
+      remainder[d] = tap[d] * g.dilation[d] % g.stride[d];
+    }
+    return {Linear(remainder, g.stride), Linear(point, p.grid)};
+  }
 
   // ---- Phases
 
@@ -203,12 +215,8 @@ class Planner {
     std::vector<Tap> taps;
     int64_t t[kSpace] = {};
     do {
-      int64_t point[kSpace], remainder[kSpace];
-      for (int d = 0; d < kSpace; ++d) {
-        point[d] = t[d] * g.dilation[d] / g.stride[d];
-        remainder[d] = t[d] * g.dilation[d] % g.stride[d];
-      }
-      const int64_t pixel = ImageOf(remainder) * p.points + Linear(point, p.grid);
+      const Place place = PlaceOf(t);
+      const int64_t pixel = place.image * p.points + place.point;
       taps.push_back({pixel * p.lhs_stride, Linear(t, g.window) * depth * g.out_channels});
     } while (Next(t, g.window));
     AddTaps(phase, std::move(taps), depth);
@@ -262,12 +270,8 @@ class Planner {
     phase.first_run = static_cast<int>(p.runs.size());
     int64_t t[kSpace] = {};
     do {
-      int64_t point[kSpace], remainder[kSpace];
-      for (int d = 0; d < kSpace; ++d) {
-        point[d] = t[d] * g.dilation[d] / g.stride[d];
-        remainder[d] = t[d] * g.dilation[d] % g.stride[d];
-      }
-      const int64_t lhs = ImageOf(remainder) * p.source_channels * p.lhs_stride + Linear(point, p.grid);
+      const Place place = PlaceOf(t);
+      const int64_t lhs = place.image * p.source_channels * p.lhs_stride + place.point;
       p.runs.push_back({lhs, x_group, Linear(t, g.window), 0});
     } while (Next(t, g.window));
     phase.runs = static_cast<int>(p.runs.size()) - phase.first_run;
