@@ -95,6 +95,7 @@ class Planner {
     }
     p.panels = CeilDiv(p.columns, p.shape.nr);
     for (Phase& phase : p.phases) CountTiles(phase);
+    SizePanels();
     ShareOut();
     LayOutScratch();
     return std::move(p);
@@ -373,6 +374,28 @@ class Planner {
     return last.tile + CeilDiv(last.rows, p.shape.mr);
   }
 
+  // ---- Panels
+
+  void SizePanels() {
+    int64_t rhs = 0;
+    for (Phase& phase : p.phases) {
+      const int64_t packed =
+          RoundUp(phase.depth * p.shape.nr * p.shape.element_bytes, kLine) * p.rhs_limbs.count;
+      phase.panel_bytes = RoundUp(packed + phase.blocks * p.shape.nr * int64_t{sizeof(int64_t)}, kLine);
+      phase.rhs_bytes = rhs;
+      rhs += p.panels * phase.panel_bytes;
+    }
+    p.group_rhs_bytes = rhs;
+    p.panels_at_once = std::clamp<int64_t>(p.panels / (2 * workers), 1, kPanelsAtOnce);
+  }
+
+  // Tasks on columns read all rows, tasks on rows need all panels: what is larger should stay on its core.
+  bool DoColumnsStay(int64_t largest_panel) const {
+    const int64_t lhs = p.lhs_elements * p.lhs_limbs.count * p.shape.element_bytes;
+    return p.is_single_block && !p.is_rhs_pixels && p.panels >= 2 * workers &&
+           lhs <= std::max(kBlockBytes, p.panels * largest_panel);
+  }
+
   // ---- Tasks
 
   // A task holds a block of rows in L2 and takes panel after panel of the columns, or, if the rows are few,
@@ -386,7 +409,20 @@ class Planner {
     }
     int64_t all_tiles = 0;
     for (const Phase& phase : p.phases) all_tiles += TilesOf(phase);
-    for (int i = 0; i < static_cast<int>(p.phases.size()); ++i) ShareOut(i, all_tiles);
+    int64_t largest_panel = 0;
+    for (const Phase& phase : p.phases) largest_panel = std::max(largest_panel, phase.panel_bytes);
+    p.is_rhs_own = DoColumnsStay(largest_panel);
+    for (int i = 0; i < static_cast<int>(p.phases.size()); ++i)
+      p.is_rhs_own ? ShareOutColumns(i, largest_panel) : ShareOut(i, all_tiles);
+  }
+
+  void ShareOutColumns(int index, int64_t largest_panel) {
+    const int64_t fit = std::clamp<int64_t>(kBlockBytes / largest_panel, 2, kPanelsAtOnce);
+    const int64_t some = std::min(fit, CeilDiv(p.panels, kTasksPerWorker * workers));
+    for (int64_t group = 0; group < g.groups; ++group)
+      for (int64_t panel = 0; panel < p.panels; panel += some)
+        p.tasks.push_back(
+            {index, group, 0, TilesOf(p.phases[index]), panel, std::min(some, p.panels - panel)});
   }
 
   void ShareOut(int index, int64_t all_tiles) {
@@ -431,18 +467,10 @@ class Planner {
 
   void LayOutScratch() {
     const int64_t element = p.shape.element_bytes;
+    p.is_matrix = IsMatrix();
     p.is_lhs_direct = IsLhsDirect();
     p.lhs_bytes = p.is_lhs_direct ? 0 : RoundUp(p.lhs_elements * p.lhs_limbs.count * element, kLine);
-    int64_t rhs = 0;
-    for (Phase& phase : p.phases) {
-      const int64_t packed = RoundUp(phase.depth * p.shape.nr * element, kLine) * p.rhs_limbs.count;
-      phase.panel_bytes = packed + phase.blocks * p.shape.nr * int64_t{sizeof(int64_t)};
-      phase.panel_bytes = RoundUp(phase.panel_bytes, kLine);
-      phase.rhs_bytes = rhs;
-      rhs += p.panels * phase.panel_bytes;
-    }
-    p.group_rhs_bytes = rhs;
-    p.rhs_bytes = rhs * g.groups;
+    p.rhs_bytes = p.is_rhs_own ? 0 : p.group_rhs_bytes * g.groups;
     int64_t slots = 1;
     if (!p.is_single_block)
       for (const Task& task : p.tasks) slots = std::max(slots, task.tiles * task.panels);
@@ -451,20 +479,28 @@ class Planner {
       for (const Segment& s : p.segments)
         temporary = std::max(temporary, RoundUp(s.depth, p.shape.depth_unit));
     p.temporary_bytes = RoundUp((temporary + kLine) * element, kLine);
-    p.worker_bytes = p.temporary_bytes + RoundUp(slots * SumsBytesPerTile(), kLine);
+    p.own_panels_offset = p.temporary_bytes + RoundUp(slots * SumsBytesPerTile(), kLine);
+    p.worker_bytes = p.own_panels_offset;
+    if (p.is_rhs_own) {
+      int64_t own = 0;
+      for (const Task& task : p.tasks) own = std::max(own, task.panels * p.phases[task.phase].panel_bytes);
+      p.worker_bytes += own;
+    }
     p.lhs_offset = 0;
     p.rhs_offset = p.lhs_bytes;
     p.worker_offset = p.rhs_offset + p.rhs_bytes;
     p.scratch_bytes = p.worker_offset + workers * p.worker_bytes;
   }
 
+  bool IsMatrix() const {
+    return !p.is_lhs_channels && g.batch == 1 && Volume(p.grid) == g.in[2] && Volume(g.window) == 1 &&
+           Volume(g.stride) == 1 && g.pad[2] == 0 && g.in[2] == g.out[2];
+  }
+
   // Bytes of a matrix whose rows and depth need no filling up are read where they are.
   bool IsLhsDirect() const {
-    if (p.is_lhs_channels || p.shape.element_bytes != 1) return false;
-    const bool is_matrix = g.batch == 1 && Volume(p.grid) == g.in[2] && Volume(g.window) == 1 &&
-                           Volume(g.stride) == 1 && g.pad[2] == 0 && g.in[2] == g.out[2];
-    return is_matrix && (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 &&
-           g.in[2] % p.shape.row_unit == 0;
+    return p.is_matrix && p.shape.element_bytes == 1 &&
+           (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 && g.in[2] % p.shape.row_unit == 0;
   }
 };
 

@@ -25,12 +25,9 @@ class Driver {
     image_chunk =
         p.is_lhs_channels ? 4 * kPixelChunk : Max(kPixelChunk, kChunkBytes / Max(1, p.source_channels));
     image_tasks = p.is_lhs_direct ? 0 : Images() * p.lhs_limbs.count * CeilDiv(p.points, image_chunk);
-    parallel.Run(
-        image_tasks + RhsTasks(),
-        [](void* self, int64_t task, int worker) { Self(self)->Prepare(task, worker); }, this);
-    parallel.Run(
-        static_cast<int64_t>(p.tasks.size()),
-        [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); }, this);
+    const auto prepare = [](void* self, int64_t task, int worker) { Self(self)->Prepare(task, worker); };
+    const auto multiply = [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); };
+    parallel.Run({image_tasks + RhsTasks(), prepare}, {static_cast<int64_t>(p.tasks.size()), multiply}, this);
   }
 
  private:
@@ -39,6 +36,7 @@ class Driver {
   static constexpr bool kIsBytes = sizeof(Lhs) == 1;
   static constexpr int64_t kTile = K::kMr * K::kNr;
   static constexpr int64_t kChunkBytes = 32768;
+  static constexpr int64_t kPanelsBytes = 256 * 1024;  // of rhs that stay in L2 beside a block of lhs
 
   const Plan& p;
   const Product& product;
@@ -81,16 +79,20 @@ class Driver {
   // ---- Preparation
 
   int64_t RhsTasks() const {
+    if (p.is_rhs_own) return 0;
     if (p.is_rhs_pixels) return p.phases[0].blocks;
-    return Groups() * static_cast<int64_t>(p.phases.size()) * p.panels;
+    return Groups() * static_cast<int64_t>(p.phases.size()) * CeilDiv(p.panels, p.panels_at_once);
   }
 
   void Prepare(int64_t task, int worker) {
     if (task < image_tasks) return FillImage(task, worker);
     task -= image_tasks;
     if (p.is_rhs_pixels) return PackPixels(static_cast<int>(task), worker);
-    const int64_t phases = static_cast<int64_t>(p.phases.size());
-    PackPanel(task / p.panels / phases, p.phases[task / p.panels % phases], task % p.panels, worker);
+    const int64_t phases = static_cast<int64_t>(p.phases.size()), sets = CeilDiv(p.panels, p.panels_at_once);
+    const int64_t group = task / sets / phases, first = task % sets * p.panels_at_once;
+    const Phase& phase = p.phases[task / sets % phases];
+    PackPanels(group, phase, first, Min(p.panels_at_once, p.panels - first), Panel(group, phase, first),
+               worker);
   }
 
   void FillImage(int64_t task, int worker) {
@@ -146,43 +148,68 @@ class Driver {
 
   int64_t Width(int64_t panel) const { return Min(K::kNr, p.columns - panel * K::kNr); }
 
-  void PackPanel(int64_t group, const Phase& phase, int64_t panel, int worker) {
-    uint8_t* packed = Panel(group, phase, panel);
-    const int64_t start = group * p.rhs_group_step + panel * K::kNr * p.rhs_lane_step;
+  // Neighbouring panels, each `panel_bytes` behind the other from `packed` on.
+  void PackPanels(int64_t group, const Phase& phase, int64_t first, int64_t panels, uint8_t* packed,
+                  int worker) {
+    const int64_t start = group * p.rhs_group_step + first * K::kNr * p.rhs_lane_step;
     for (int limb = 0; limb < p.rhs_limbs.count; ++limb)
       for (int b = 0; b < phase.blocks; ++b) {
         const Block& block = p.blocks[phase.first_block + b];
-        Rhs* words = Words(packed, phase, limb) + block.rhs;
+        int64_t done = block.rhs;
         for (int s = 0; s < block.segments; ++s) {
           const Segment& segment = p.segments[block.first_segment + s];
           const int64_t padded = RoundUp(segment.depth, p.shape.depth_unit);
-          if (p.is_rhs_along) {
-            PackAlong(p.rhs_limbs.limb[limb], segment, start, padded, Width(panel), words,
+          const Limb which = p.rhs_limbs.limb[limb];
+          if (!p.is_rhs_along) PackAcross(which, segment, start, padded, first, panels, phase, limb, packed, done);
+          for (int64_t i = 0; p.is_rhs_along && i < panels; ++i)
+            PackAlong(which, segment, start + i * K::kNr * p.rhs_lane_step, padded, Width(first + i),
+                      Words(packed + i * phase.panel_bytes, phase, limb) + done,
                       reinterpret_cast<Lhs*>(Worker(worker)));
-          } else {
-            PackAcross(p.rhs_limbs.limb[limb], segment, start, padded, Width(panel), words);
-          }
-          words += padded * K::kNr;
+          done += padded * K::kNr;
         }
       }
-    for (int b = 0; b < phase.blocks; ++b) SumDigits(phase, b, packed);
+    for (int64_t i = 0; i < panels; ++i)
+      for (int b = 0; b < phase.blocks; ++b) SumDigits(phase, b, packed + i * phase.panel_bytes);
   }
 
-  // Columns are neighbours in memory.
-  void PackAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t width,
-                  Rhs* words) const {
+  // Columns are neighbours in memory: each group of rows is read along all panels, as it lies in memory.
+  void PackAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
+                  int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
+    constexpr int64_t kAhead = 4 * K::kGroup;  // rows
     const int64_t tap = segment.depth / segment.pieces;
-    const Piece* pieces = &p.pieces[segment.first_piece];
-    Lhs rows[K::kGroup][K::kNr];
-    int64_t next = 0;
-    const auto read = [&](int64_t k) -> const Lhs* {
-      const int64_t at = start + pieces[k / tap].rhs + k % tap * p.rhs_depth_step;
-      if constexpr (kIsBytes) return product.rhs.plane[limb.shift / 8] + at;
-      Lhs* row = rows[next++ % K::kGroup];
-      ReadLimb(product.rhs, limb, at, width, row);
-      return row;
-    };
-    PackRows(read, segment.depth, padded, width, words);
+    const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
+    const Piece* piece = &p.pieces[segment.first_piece];
+    Lhs zeros[K::kNr], rows[K::kGroup][kIsBytes ? 1 : kPanelsAtOnce * K::kNr];
+    for (Lhs& zero : zeros) zero = ZeroDigit(Lhs{});
+    int64_t left = tap, at = start + piece->rhs;
+    for (int64_t k = 0; k < padded; k += K::kGroup) {
+      const Lhs* group[K::kGroup];
+      for (int64_t j = 0; j < K::kGroup; ++j) {
+        group[j] = nullptr;
+        if (k + j >= segment.depth) continue;
+        if (left == 0) ++piece, left = tap, at = start + piece->rhs;
+        if constexpr (kIsBytes) {
+          group[j] = product.rhs.plane[limb.shift / 8] + at;
+          for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(group[j] + c + kAhead * p.rhs_depth_step);
+        } else {
+          ReadLimb(product.rhs, limb, at, columns, rows[j]);
+          group[j] = rows[j];
+        }
+        at += p.rhs_depth_step, left -= 1;
+      }
+      for (int64_t i = 0; i < panels; ++i) {
+        const Lhs* row[K::kGroup];
+        for (int64_t j = 0; j < K::kGroup; ++j) row[j] = group[j] == nullptr ? zeros : group[j] + i * K::kNr;
+        Rhs* words = Words(packed + i * phase.panel_bytes, phase, plane) + done + k * K::kNr;
+        InterleavePadded(row, Width(first + i), reinterpret_cast<uint32_t*>(words));
+      }
+    }
+  }
+
+  static void InterleavePadded(const Lhs* const* row, int64_t width, uint32_t* words) {
+    if (width == K::kNr) return Interleave(row, K::kNr, words);
+    Interleave(row, width, words);
+    for (int64_t c = width; c < K::kNr; ++c) words[c] = 0;
   }
 
   // `row(k)` has the elements of depth k; each is read within its width alone.
@@ -194,12 +221,7 @@ class Driver {
     for (int64_t k = 0; k < padded; k += K::kGroup, out += K::kNr) {
       const Lhs* group[K::kGroup];
       for (int64_t j = 0; j < K::kGroup; ++j) group[j] = k + j < depth ? row(k + j) : zeros;
-      if (width == K::kNr) {
-        Interleave(group, K::kNr, out);
-      } else {
-        Interleave(group, width, out);
-        for (int64_t c = width; c < K::kNr; ++c) out[c] = 0;
-      }
+      InterleavePadded(group, width, out);
     }
   }
 
@@ -261,21 +283,48 @@ class Driver {
   void Multiply(int64_t index, int worker) {
     const Task& task = p.tasks[index];
     const Phase& phase = p.phases[task.phase];
+    Place at{task, phase, worker, Panel(task.group, phase, task.first_panel)};
+    if (p.is_rhs_own) {
+      at.packed = Worker(worker) + p.own_panels_offset;
+      PackPanels(task.group, phase, task.first_panel, task.panels, at.packed, worker);
+    }
+    const bool is_along = task.panels * phase.panel_bytes <= kPanelsBytes;
     K::Setup();
-    for (int b = 0; b < phase.blocks; ++b)                     // blocks of the depth
-      for (int64_t panel = 0; panel < task.panels; ++panel) {  // panels of columns
-        const Corrections corrections(*this, task, phase, task.first_panel + panel, b + 1 == phase.blocks);
-        int run = FindRun(phase, task.first_tile);
-        for (int64_t tile = 0; tile < task.tiles; ++tile) {  // register blocks of rows
-          while (run + 1 < phase.first_run + phase.runs && p.runs[run + 1].tile <= task.first_tile + tile)
-            ++run;
+    for (int b = 0; b < phase.blocks; ++b) {
+      // Panels that stay in the cache together meet a block of rows one after the other; else one panel meets
+      // all blocks of rows.
+      const int64_t together = is_along ? task.panels : 1;
+      for (int64_t panel = 0; panel < task.panels; panel += together) MultiplyRows(at, b, panel, together);
+    }
+    K::Leave();
+  }
+
+  struct Place {  // where a task is at work
+    const Task& task;
+    const Phase& phase;
+    int worker;
+    uint8_t* packed;  // its first panel
+  };
+
+  void MultiplyRows(const Place& at, int b, int64_t first, int64_t panels) const {
+    const Task& task = at.task;
+    const Phase& phase = at.phase;
+    Corrections corrections[kPanelsAtOnce];
+    for (int64_t set = first; set < first + panels; set += kPanelsAtOnce) {
+      const int64_t end = Min(first + panels, set + kPanelsAtOnce);
+      if (b + 1 == phase.blocks)
+        for (int64_t panel = set; panel < end; ++panel)
+          corrections[panel - set].Set(*this, phase, at.packed + panel * phase.panel_bytes);
+      int run = FindRun(phase, task.first_tile);
+      for (int64_t tile = 0; tile < task.tiles; ++tile) {  // register blocks of rows
+        while (run + 1 < phase.first_run + phase.runs && p.runs[run + 1].tile <= task.first_tile + tile) ++run;
+        const int64_t row = (task.first_tile + tile - p.runs[run].tile) * K::kMr;
+        for (int64_t panel = set; panel < end; ++panel) {
           const int64_t slot = p.is_single_block ? 0 : tile * task.panels + panel;
-          const int64_t row = (task.first_tile + tile - p.runs[run].tile) * K::kMr;
-          MultiplyTile(task, phase, b, task.first_panel + panel, p.runs[run], row, SumsAt(worker, slot),
-                       corrections);
+          MultiplyTile(at, b, panel, p.runs[run], row, SumsAt(at.worker, slot), corrections[panel - set]);
         }
       }
-    K::Leave();
+    }
   }
 
   int FindRun(const Phase& phase, int64_t tile) const {
@@ -291,12 +340,12 @@ class Driver {
   struct Corrections {
     int64_t column[K::kNr];
     int32_t narrow[K::kNr];
-    int64_t rest = 0;  // times the row sums
+    int64_t rest;  // times the row sums
 
-    Corrections(const Driver& d, const Task& task, const Phase& phase, int64_t panel, bool is_used) {
+    void Set(const Driver& d, const Phase& phase, uint8_t* packed) {
+      rest = 0;
       if constexpr (kIsBytes) {
-        if (!is_used) return;
-        const int64_t* sums = d.DigitSums(d.Panel(task.group, phase, panel), phase);
+        const int64_t* sums = d.DigitSums(packed, phase);
         const int64_t offset = int64_t{128} << (8 * (d.p.lhs_limbs.count - 1));
         for (int64_t c = 0; c < K::kNr; ++c) {
           int64_t sum = 0;
@@ -309,13 +358,15 @@ class Driver {
     }
   };
 
-  void MultiplyTile(const Task& task, const Phase& phase, int b, int64_t panel, const RowRun& run,
-                    int64_t row, Sums sums, const Corrections& corrections) const {
+  void MultiplyTile(const Place& at, int b, int64_t panel, const RowRun& run, int64_t row, Sums sums,
+                    const Corrections& corrections) const {
+    const Task& task = at.task;
+    const Phase& phase = at.phase;
     const Block& block = p.blocks[phase.first_block + b];
     const bool is_first = b == 0 || p.blocks[phase.first_block + b - 1].is_last;
     const int64_t start = task.group * p.lhs_group_step + run.lhs + row * p.lhs_stride;
     const int rows = static_cast<int>(Min(K::kMr, run.rows - row));
-    uint8_t* packed = Panel(task.group, phase, panel);
+    uint8_t* packed = at.packed + panel * phase.panel_bytes;
     const Segment* segments = p.segments.data() + block.first_segment;
     int32_t* tile = sums.narrow;
     for (int i = 0; i < p.lhs_limbs.count; ++i)  // pairs of limbs
@@ -328,13 +379,14 @@ class Driver {
     if (!is_done) return;
     float* out[K::kMr];
     FindRows(phase, run, row, rows, out);
-    const int64_t column = task.group * p.out_group_step + panel * K::kNr;
+    const int64_t number = task.first_panel + panel;
+    const int64_t column = task.group * p.out_group_step + number * K::kNr;
     if (p.is_wide) {
       int64_t row_sums[K::kMr] = {};
       if (corrections.rest != 0) SumRows(phase, start, rows, row_sums);
-      StoreWide(sums.wide, rows, Width(panel), column, corrections, row_sums, out);
+      StoreWide(sums.wide, rows, Width(number), column, corrections, row_sums, out);
     } else {
-      StoreNarrow(sums.narrow, rows, Width(panel), column, corrections, out);
+      StoreNarrow(sums.narrow, rows, Width(number), column, corrections, out);
     }
   }
 
@@ -389,6 +441,10 @@ class Driver {
   void FindRows(const Phase& phase, const RowRun& run, int64_t row, int rows, float** out) const {
     if (p.is_lhs_channels) {
       for (int r = 0; r < rows; ++r) out[r] = product.out + (run.place * run.rows + row + r) * p.out_row;
+      return;
+    }
+    if (p.is_matrix) {
+      for (int r = 0; r < rows; ++r) out[r] = product.out + (row + r) * p.out_row;
       return;
     }
     const int64_t first = (phase.low[0] * p.grid[1] + phase.low[1]) * p.grid[2] + phase.low[2] + row;
@@ -497,6 +553,6 @@ int64_t Quantize(const float* x, int64_t count, int bits, int exponent, uint8_t*
 template <class K>
 constexpr Kernels KernelsOf(const char* name) {
   constexpr KernelShape kShape = {K::kMr, K::kNr, K::kRowUnit, K::kDepthUnit, sizeof(typename K::Lhs),
-                                  K::kKc};
+                                  K::kKc, K::kSerial};
   return {name, kShape, RunProduct<K>, Quantize, MaxPoolGradient};
 }
