@@ -8,6 +8,7 @@
 #include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "product.h"
 
@@ -26,9 +27,10 @@ class Serial final : public Parallel {
   }
 };
 
-// The caller takes tasks from a shared counter itself and asks for helpers; it waits for tasks that a
-// helper has begun, never for a helper that has not started. So it cannot deadlock on a busy pool, and
-// several calls can share one pool.
+// Every worker has its own range of the tasks and then takes what is left of the others' ranges: in one call
+// after the other a thread works on the same part of the data, which so stays in its cache. The caller is a
+// worker itself and waits for tasks that a helper has begun, never for a helper that has not started. So it
+// cannot deadlock on a busy pool, and several calls can share one pool.
 class Team final : public Parallel {
  public:
   using Schedule = std::function<void(std::function<void()>)>;
@@ -40,41 +42,64 @@ class Team final : public Parallel {
   void Run(int64_t tasks, Task task, void* context) override { Run({0, task}, {tasks, task}, context); }
 
   void Run(Stage first, Stage then, void* context) override {
-    if (workers_ == 1) return Serial().Run(first, then, context);
-    auto work = std::make_shared<Work>(first, then, context);
-    const int64_t helpers = std::min<int64_t>(workers_ - 1, std::max(first.tasks, then.tasks) - 1);
-    for (int worker = 1; worker <= helpers; ++worker) schedule_([work, worker] { work->TakeAll(worker); });
+    const auto most = static_cast<int>(std::min<int64_t>(workers_, std::max(first.tasks, then.tasks)));
+    if (most <= 1) return Serial().Run(first, then, context);
+    auto work = std::make_shared<Work>(first, then, context, most);
+    for (int worker = 1; worker < most; ++worker) schedule_([work, worker] { work->TakeAll(worker); });
     work->TakeAll(0);
-    work->WaitFor(work->tasks);
   }
 
  private:
-  struct Work {
-    const Stage first, then;
-    const int64_t tasks;
-    void* const context;  // valid while a task is left: the caller waits for those
-    std::atomic<int64_t> next{0}, done{0};
-
-    Work(Stage first, Stage then, void* context)
-        : first(first), then(then), tasks(first.tasks + then.tasks), context(context) {}
-
-    void TakeAll(int worker) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        if (i < first.tasks) {
-          first.task(context, i, worker);
-        } else {
-          WaitFor(first.tasks);  // which threads that run have taken: the counter has passed them
-          then.task(context, i - first.tasks, worker);
-        }
-        done.fetch_add(1, std::memory_order_acq_rel);
+  class Tasks {
+   public:
+    Tasks(const Stage& stage, int workers) : stage_(stage), ranges_(workers) {
+      for (int w = 0; w < workers; ++w) {
+        ranges_[w].next = stage.tasks * w / workers;
+        ranges_[w].end = stage.tasks * (w + 1) / workers;
       }
     }
 
+    // Returns when every task has been taken, by threads that run, and all are done.
+    void TakeAll(int worker, void* context) {
+      const auto workers = static_cast<int>(ranges_.size());
+      for (int i = 0; i < workers; ++i) {
+        Range& range = ranges_[(worker + i) % workers];
+        for (int64_t t; (t = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+          stage_.task(context, t, worker);
+          done_.fetch_add(1, std::memory_order_acq_rel);
+        }
+      }
+      Wait();
+    }
+
+   private:
+    struct alignas(64) Range {
+      std::atomic<int64_t> next;
+      int64_t end;
+    };
+
+    const Stage stage_;
+    std::vector<Range> ranges_;
+    alignas(64) std::atomic<int64_t> done_{0};
+
     // What is waited for takes microseconds; a thread that gives way may come back much later.
-    void WaitFor(int64_t count) const {
+    void Wait() const {
       constexpr int kSpins = 4096;
-      for (int i = 0; done.load(std::memory_order_acquire) < count; ++i)
+      for (int i = 0; done_.load(std::memory_order_acquire) < stage_.tasks; ++i)
         if (i >= kSpins) std::this_thread::yield();
+    }
+  };
+
+  struct Work {
+    Tasks first, then;
+    void* const context;  // valid while a task is left: the caller waits for those
+
+    Work(const Stage& first, const Stage& then, void* context, int workers)
+        : first(first, workers), then(then, workers), context(context) {}
+
+    void TakeAll(int worker) {
+      first.TakeAll(worker, context);
+      then.TakeAll(worker, context);
     }
   };
 
