@@ -109,6 +109,7 @@ def product_without_weight_gradient(
         weight, measured, formats = residuals
         gradient, _ = cotangents
         dy, dy_measured = _quantized(site, DY, ("dx", "dw"), gradient, formats)
+        assert dy is not None  # "dw" is among the site's products
         dx = _run(site, "dx", x_program, _restored(site, W, weight), (dy, gradient))
         nothing = jnp.zeros((lhs, rhs)[w_index].shape, jnp.float32)
         gradients = (nothing, dx) if site.is_weight_lhs else (dx, nothing)

@@ -167,7 +167,8 @@ def differentiate_later(loop: Loop, weights: list, values: list, formats) -> lis
 def _instantiated(cotangent):
     if not isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return cotangent
-    return np.zeros(cotangent.shape, cotangent.dtype)
+    aval: Any = cotangent.aval
+    return np.zeros(aval.shape, aval.dtype)
 
 
 # The weight gradient over all steps

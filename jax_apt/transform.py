@@ -402,7 +402,8 @@ class _Replayer:
         """A scan over time whose weight gradients are computed after it."""
         (body,) = node.bodies
         eqns, names = body.jaxpr.jaxpr.eqns, list(sites)
-        products = {i: self._site(eqns[i], body.nodes[i]) for i in deferred.products}
+        nodes = {i: node for i, node in body.nodes.items() if isinstance(node, QuantizedProduct)}
+        products = {i: self._site(eqns[i], nodes[i]) for i in deferred.products}
         weights = hoist(body, deferred, inputs[: versions.scan_parts(eqn)[0]])
 
         def run(weights, values, formats, probes):
