@@ -68,6 +68,7 @@ struct KernelShape {
   int64_t depth_unit;     // depth of a segment is filled up to a multiple of it
   int64_t element_bytes;  // of packed operands: 1 (bytes) or 2 (int16)
   int64_t kc;             // depth of a cache block, where the depth is not that of a filter
+  bool has_winograd;      // 16-bit elements whose int32 sums wrap
 };
 
 struct Plan;
