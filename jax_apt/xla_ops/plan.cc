@@ -534,6 +534,56 @@ Plan MakeDepthwisePlan(const Product& product, int workers) {
   return p;
 }
 
+// A 3x3 convolution of stride 1 in two dimensions, or the input gradient of one, with codes of 8 bits and
+// enough pixels and channels for the transforms to pay.
+bool IsWinograd(const Product& product, const KernelShape& shape) {
+  const Geometry& g = product.geometry;
+  if (!shape.has_winograd || product.kind == Kind::kFilterGradient || g.groups != 1) return false;
+  if (product.lhs.bits > 8 || product.rhs.bits > 8) return false;
+  if (g.window[0] != 1 || g.window[1] != 3 || g.window[2] != 3 || g.in[0] != g.out[0] || g.pad[0] != 0)
+    return false;
+  for (int d = 0; d < kSpace; ++d)
+    if (g.stride[d] != 1 || (d > 0 && g.dilation[d] != 1)) return false;
+  const int64_t* result = product.kind == Kind::kForward ? g.out : g.in;
+  const int64_t used = result[1] * result[2], made = RoundUp(result[1], 4) * RoundUp(result[2], 4);
+  constexpr int64_t kMinChannels = 16, kMaxChannels = kInt32Max / (9 * 127 * 127);
+  return 2 * used > made && std::min(g.in_channels, g.out_channels) >= kMinChannels &&
+         std::max(g.in_channels, g.out_channels) <= kMaxChannels;
+}
+
+Plan MakeWinogradPlan(const Product& product, const KernelShape& shape, int workers) {
+  constexpr int64_t kLanes = 16, kPlanes = 36, kTiles = 30, kWholeDepth = 224, kBlockDepth = 176;
+  const Geometry& g = product.geometry;
+  const bool is_forward = product.kind == Kind::kForward;
+  Plan p{};
+  p.is_winograd = true;
+  for (int d = 0; d < kSpace; ++d) {
+    p.source[d] = is_forward ? g.in[d] : g.out[d];
+    p.result[d] = is_forward ? g.out[d] : g.in[d];
+  }
+  p.source_channels = is_forward ? g.in_channels : g.out_channels;
+  p.columns = is_forward ? g.out_channels : g.in_channels;
+  p.panels = CeilDiv(p.columns, shape.nr);
+  WinogradPlan& w = p.winograd;
+  // The first dimension is one more of the batch.
+  w.rows = CeilDiv(p.result[1], 4), w.columns = CeilDiv(p.result[2], 4);
+  w.tiles = g.batch * p.result[0] * w.rows * w.columns;
+  for (int d = 0; d < 2; ++d) w.pad[d] = is_forward ? g.pad[d + 1] : 2 - g.pad[d + 1];
+  w.blocks = p.source_channels <= kWholeDepth ? 1 : CeilDiv(p.source_channels, kBlockDepth);
+  w.block_depth = RoundUp(CeilDiv(p.source_channels, w.blocks), kLanes);
+  w.tiles_per_group = std::min(kTiles, w.tiles);
+  w.groups = CeilDiv(w.tiles, w.tiles_per_group);
+  w.is_shared = w.groups < kTasksPerWorker * workers;
+  const int64_t weights = p.panels * w.blocks * kPlanes * w.block_depth * kLanes * 2;
+  const int64_t input = kPlanes * (w.tiles_per_group * w.blocks * w.block_depth + 32) * 2;
+  const int64_t products = kPlanes * (w.tiles_per_group + shape.mr) * kLanes * 4;
+  w.input_offset = weights;
+  w.worker_offset = w.input_offset + input * (w.is_shared ? w.groups : workers);
+  w.worker_bytes = products + w.tiles_per_group * 16 * kLanes * 4;
+  p.scratch_bytes = w.worker_offset + workers * w.worker_bytes;
+  return p;
+}
+
 }  // namespace
 
 const char* FindError(const Product& product, int64_t* value) {
@@ -551,6 +601,7 @@ const char* FindError(const Product& product, int64_t* value) {
 }
 
 Plan MakePlan(const Product& product, const KernelShape& shape, int workers) {
+  if (IsWinograd(product, shape)) return MakeWinogradPlan(product, shape, workers);
   if (IsDepthwise(product.geometry)) return MakeDepthwisePlan(product, workers);
   return Planner(product, shape, workers).Make();
 }

@@ -75,6 +75,7 @@ struct KernelShape {
   int64_t element_bytes;  // of packed operands: 1 (bytes) or 2 (int16)
   int64_t kc;             // depth of a cache block, where the depth is not that of a filter
   double serial;          // multiply-adds that take one thread as long as it takes to wake another
+  bool has_winograd;      // 16-bit elements whose int32 sums wrap
 };
 
 struct Plan;

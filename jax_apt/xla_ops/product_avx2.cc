@@ -25,6 +25,7 @@ struct Avx2Kernel {
   using Columns = Avx2Kernel;
   static constexpr int64_t kGroup = 2, kMr = 6, kNr = 16, kRowUnit = 1, kDepthUnit = 2, kKc = 512;
   static constexpr double kSerial = 3e6;
+  static constexpr bool kHasWinograd = true;
 
   static void Setup() {}
   static void Leave() {}

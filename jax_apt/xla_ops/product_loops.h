@@ -501,9 +501,13 @@ class Driver {
 
 #include "depthwise_loops.h"
 #include "pool_loops.h"
+#include "winograd_loops.h"
 
 template <class K>
 void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
+  if constexpr (K::kHasWinograd) {
+    if (plan.is_winograd) return Winograd<K>(plan, product, scratch).Run(parallel);
+  }
   if (plan.is_depthwise) return RunDepthwise(plan, product, scratch, parallel);
   Driver<K>(plan, product, scratch).Run(parallel);
 }
@@ -552,7 +556,7 @@ int64_t Quantize(const float* x, int64_t count, int bits, int exponent, uint8_t*
 
 template <class K>
 constexpr Kernels KernelsOf(const char* name) {
-  constexpr KernelShape kShape = {K::kMr, K::kNr, K::kRowUnit, K::kDepthUnit, sizeof(typename K::Lhs),
-                                  K::kKc, K::kSerial};
+  constexpr KernelShape kShape = {K::kMr, K::kNr,     K::kRowUnit,     K::kDepthUnit, sizeof(typename K::Lhs),
+                                  K::kKc, K::kSerial, K::kHasWinograd};
   return {name, kShape, RunProduct<K>, Quantize, MaxPoolGradient};
 }
