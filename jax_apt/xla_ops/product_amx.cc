@@ -25,7 +25,7 @@ struct AmxKernel {
   using Rhs = int8_t;
   using Columns = VnniKernel<Vector512, 1>;  // the same panels
   static constexpr int64_t kGroup = 4, kMr = 32, kNr = 32, kRowUnit = 16, kDepthUnit = 64, kKc = 2048;
-  static constexpr double kSerial = 48e6;
+  static constexpr double kSerial = 96e6;
   static constexpr bool kHasWinograd = false;
 
   static void Setup() {

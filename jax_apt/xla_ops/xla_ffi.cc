@@ -14,7 +14,7 @@ namespace ffi = xla::ffi;
 namespace jax_apt {
 namespace {
 
-constexpr int64_t kSerialValues = 1 << 18;  // quantized on the calling thread alone
+constexpr int64_t kSerialValues = 1 << 19;  // quantized on the calling thread alone
 constexpr int64_t kTaskValues = 1 << 15;
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument(message); }
