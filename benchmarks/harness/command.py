@@ -55,7 +55,7 @@ def run(
     start = time.monotonic()
     about = machine.describe(args.threads)
     print(f"{about['cpu']}, {args.threads} threads, ISA {about['isa']}", file=sys.stderr)
-    measured = ceilings.measure(args.threads)
+    measured = ceilings.measure(args.threads) if args.rounds > 1 else {}  # once: nothing is timed
     kinds = [kind for kind in ENVIRONMENTS if kind not in args.without.split(",")]
     cases = [case | ({"nonnegative": True} if args.nonnegative else {}) for case in cases]
     pace, rows, unavailable = Pace(args.rounds, args.block_ms / 1000), [], {}

@@ -319,9 +319,13 @@ class Driver {
       for (int64_t tile = 0; tile < task.tiles; ++tile) {  // register blocks of rows
         while (run + 1 < phase.first_run + phase.runs && p.runs[run + 1].tile <= task.first_tile + tile) ++run;
         const int64_t row = (task.first_tile + tile - p.runs[run].tile) * K::kMr;
+        int64_t row_sums[K::kMr] = {};
+        if (kIsBytes && p.rhs_limbs.count > 1 && b + 1 == phase.blocks)
+          SumRows(phase, FirstOf(task, p.runs[run], row), Rows(p.runs[run], row), row_sums);
         for (int64_t panel = set; panel < end; ++panel) {
           const int64_t slot = p.is_single_block ? 0 : tile * task.panels + panel;
-          MultiplyTile(at, b, panel, p.runs[run], row, SumsAt(at.worker, slot), corrections[panel - set]);
+          MultiplyTile(at, b, panel, p.runs[run], row, SumsAt(at.worker, slot), corrections[panel - set],
+                       row_sums);
         }
       }
     }
@@ -359,13 +363,13 @@ class Driver {
   };
 
   void MultiplyTile(const Place& at, int b, int64_t panel, const RowRun& run, int64_t row, Sums sums,
-                    const Corrections& corrections) const {
+                    const Corrections& corrections, const int64_t* row_sums) const {
     const Task& task = at.task;
     const Phase& phase = at.phase;
     const Block& block = p.blocks[phase.first_block + b];
     const bool is_first = b == 0 || p.blocks[phase.first_block + b - 1].is_last;
-    const int64_t start = task.group * p.lhs_group_step + run.lhs + row * p.lhs_stride;
-    const int rows = static_cast<int>(Min(K::kMr, run.rows - row));
+    const int64_t start = FirstOf(task, run, row);
+    const int rows = Rows(run, row);
     uint8_t* packed = at.packed + panel * phase.panel_bytes;
     const Segment* segments = p.segments.data() + block.first_segment;
     int32_t* tile = sums.narrow;
@@ -375,20 +379,24 @@ class Driver {
                Words(packed, phase, j) + block.rhs, rows, is_first, tile);
     if (!block.is_last) return;
     const bool is_done = b + 1 == phase.blocks;
-    if (p.is_wide) Widen(sums, rows, b == FirstLast(phase));
+    if (p.is_wide && phase.blocks > 1) Widen(sums, rows, b == FirstLast(phase));
     if (!is_done) return;
     float* out[K::kMr];
     FindRows(phase, run, row, rows, out);
     const int64_t number = task.first_panel + panel;
     const int64_t column = task.group * p.out_group_step + number * K::kNr;
     if (p.is_wide) {
-      int64_t row_sums[K::kMr] = {};
-      if (corrections.rest != 0) SumRows(phase, start, rows, row_sums);
-      StoreWide(sums.wide, rows, Width(number), column, corrections, row_sums, out);
+      StoreWide(sums, phase.blocks > 1, rows, Width(number), column, corrections, row_sums, out);
     } else {
       StoreNarrow(sums.narrow, rows, Width(number), column, corrections, out);
     }
   }
+
+  int64_t FirstOf(const Task& task, const RowRun& run, int64_t row) const {  // element of lhs
+    return task.group * p.lhs_group_step + run.lhs + row * p.lhs_stride;
+  }
+
+  static int Rows(const RowRun& run, int64_t row) { return static_cast<int>(Min(K::kMr, run.rows - row)); }
 
   int FirstLast(const Phase& phase) const {  // the first block whose sums leave int32
     int b = 0;
@@ -485,17 +493,36 @@ class Driver {
     store(width);
   }
 
-  void StoreWide(const int64_t* sums, int rows, int64_t width, int64_t column, const Corrections& corrections,
-                 const int64_t* row_sums, float* const* out) const {
+  void StoreWide(Sums sums, bool are_widened, int rows, int64_t width, int64_t column,
+                 const Corrections& corrections, const int64_t* row_sums, float* const* out) const {
     const float low = LowScale(), high = HighScale();
     for (int r = 0; r < rows; ++r) {
       if (out[r] == nullptr) continue;
+      int64_t sum[K::kNr];
       const int64_t row = corrections.rest * row_sums[r];
-      for (int64_t c = 0; c < width; ++c) {
-        const int64_t sum = sums[r * K::kNr + c] + row - (kIsBytes ? corrections.column[c] : 0);
-        out[r][column + c] = static_cast<float>(sum) * low * high;
+      for (int64_t c = 0; c < K::kNr; ++c) sum[c] = row - (kIsBytes ? corrections.column[c] : 0);
+      if (are_widened) {
+        for (int64_t c = 0; c < K::kNr; ++c) sum[c] += sums.wide[r * K::kNr + c];
+      } else {
+        AddPairs(sums.narrow + r * K::kNr, sum);
+      }
+      float* to = out[r] + column;
+      if (width == K::kNr) {
+        for (int64_t c = 0; c < K::kNr; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
+      } else {
+        for (int64_t c = 0; c < width; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
       }
     }
+  }
+
+  // The narrow sums of a row, one kTile behind the other.
+  void AddPairs(const int32_t* narrow, int64_t* sum) const {
+    for (int i = 0; i < p.lhs_limbs.count; ++i)
+      for (int j = 0; j < p.rhs_limbs.count; ++j, narrow += kTile) {
+        const int shift = p.lhs_limbs.limb[i].shift + p.rhs_limbs.limb[j].shift;
+        for (int64_t c = 0; c < K::kNr; ++c)  // an unsigned shift: a negative one is undefined
+          sum[c] += static_cast<int64_t>(static_cast<uint64_t>(int64_t{narrow[c]}) << shift);
+      }
   }
 };
 
