@@ -8,6 +8,7 @@ namespace jax_apt {
 namespace {
 
 #include "product_loops.h"
+#include "winograd_loops.h"
 
 // 6 x 16 register block:
 //
