@@ -537,7 +537,9 @@ Plan MakeWinogradPlan(const Product& product, const KernelShape& shape, int work
     w.pairs = CeilDiv(w.tiles, 2);
     w.input_offset = kPlanes * w.pairs * 2 * RoundUp(g.in_channels, kLanes) * 2;
     w.worker_offset = w.input_offset + p.panels * kPlanes * w.pairs * 2 * kLanes * 2;
-    const int64_t rows = 4 * shape.mr;
+    constexpr int64_t kMaxRows = 96;  // whose products stay in L2
+    const int64_t row_tasks = std::max(CeilDiv(g.in_channels, kMaxRows), CeilDiv(2 * workers, p.panels));
+    const int64_t rows = w.rows_per_task = RoundUp(CeilDiv(g.in_channels, row_tasks), shape.mr);
     w.worker_bytes = rows * kLanes * (9 * int64_t{sizeof(int64_t)} + kPlanes * int64_t{sizeof(int32_t)});
     p.scratch_bytes = w.worker_offset + workers * w.worker_bytes;
     return p;

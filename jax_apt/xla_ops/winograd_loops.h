@@ -295,16 +295,15 @@ class WinogradFilterGradient : WinogradTransforms {
       : p(plan), w(plan.winograd), g(product.geometry), product(product), scratch(scratch) {}
 
   void Run(Parallel& parallel) {
-    for (int64_t i = 0; i < kTiles / 2; ++i) pairs[i] = {i * 2 * Channels(), 2, 0, 0};
     const int64_t chunks = CeilDiv(w.pairs, kPairsPerTask);
     parallel.Run(chunks, [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
     parallel.Run(
-        CeilDiv(g.in_channels, kRows) * p.panels,
+        CeilDiv(g.in_channels, w.rows_per_task) * p.panels,
         [](void* self, int64_t task, int worker) { Self(self)->Sum(task, worker); }, this);
   }
 
  private:
-  static constexpr int64_t kTiles = kWinogradTiles, kRows = 4 * K::kMr, kPairsPerTask = 4;
+  static constexpr int64_t kTiles = kWinogradTiles, kPairsPerTask = 4;
   static_assert(K::kNr == kLanes && K::kGroup == 2 && sizeof(typename K::Lhs) == 2, "words of 16 columns");
 
   const Plan& p;
@@ -312,7 +311,6 @@ class WinogradFilterGradient : WinogradTransforms {
   const Geometry& g;
   const Product& product;
   uint8_t* const scratch;
-  Segment pairs[kTiles / 2];
 
   static WinogradFilterGradient* Self(void* self) { return static_cast<WinogradFilterGradient*>(self); }
 
@@ -358,27 +356,29 @@ class WinogradFilterGradient : WinogradTransforms {
   }
 
   void Sum(int64_t task, int worker) const {
-    const int64_t panel = task % p.panels, first = task / p.panels * kRows;
-    const int64_t rows = Min(kRows, g.in_channels - first);
+    const int64_t panel = task % p.panels, first = task / p.panels * w.rows_per_task;
+    const int64_t rows = Min(w.rows_per_task, g.in_channels - first);
     auto* totals = reinterpret_cast<int64_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
-    auto* products = reinterpret_cast<int32_t*>(totals + kRows * 9 * kLanes);
+    auto* products = reinterpret_cast<int32_t*>(totals + w.rows_per_task * 9 * kLanes);
     for (int64_t i = 0; i < rows * 9 * kLanes; ++i) totals[i] = 0;
     for (int64_t pair = 0; pair < w.pairs; pair += kTiles / 2) {
-      const int count = static_cast<int>(Min(kTiles / 2, w.pairs - pair));
+      const int64_t count = Min(kTiles / 2, w.pairs - pair);
       for (int plane = 0; plane < kPlanes; ++plane)
         for (int64_t row = 0; row < rows; row += K::kMr)
-          K::Run(InputOf(plane, pair) + 2 * (first + row), 2, pairs, count, GradientOf(panel, plane, pair),
-                 static_cast<int>(Min(K::kMr, rows - row)), true, products + (plane * kRows + row) * kLanes);
+          K::RunPairs(InputOf(plane, pair) + 2 * (first + row), 2, 2 * Channels(), count,
+                      GradientOf(panel, plane, pair), static_cast<int>(Min(K::kMr, rows - row)),
+                      products + (plane * w.rows_per_task + row) * kLanes);
       for (int64_t row = 0; row < rows; ++row) AddRow(products + row * kLanes, totals + row * 9 * kLanes);
     }
     for (int64_t row = 0; row < rows; ++row) Store(first + row, panel, totals + row * 9 * kLanes);
   }
 
-  static void AddRow(const int32_t* products, int64_t* totals) {
+  void AddRow(const int32_t* products, int64_t* totals) const {
     constexpr int64_t kHalf = kLanes / 2;
     for (int64_t c = 0; c < kLanes; c += kHalf)
       Both<6, 3, Sums>(
-          FilterOutput, [&](int i, int j) { return Load<Sums>(products + (6 * i + j) * kRows * kLanes + c); },
+          FilterOutput,
+          [&](int i, int j) { return Load<Sums>(products + (6 * i + j) * w.rows_per_task * kLanes + c); },
           [&](int i, int j, Sums sum) {
             const SignedSums value = Divided(sum);
             int64_t* total = totals + (3 * i + j) * kLanes + c;
