@@ -538,13 +538,13 @@ Plan MakeDepthwisePlan(const Product& product, int workers) {
 // enough pixels and channels for the transforms to pay.
 bool IsWinograd(const Product& product, const KernelShape& shape) {
   const Geometry& g = product.geometry;
-  if (!shape.has_winograd || product.kind == Kind::kFilterGradient || g.groups != 1) return false;
+  if (!shape.has_winograd || g.groups != 1) return false;
   if (product.lhs.bits > 8 || product.rhs.bits > 8) return false;
   if (g.window[0] != 1 || g.window[1] != 3 || g.window[2] != 3 || g.in[0] != g.out[0] || g.pad[0] != 0)
     return false;
   for (int d = 0; d < kSpace; ++d)
     if (g.stride[d] != 1 || (d > 0 && g.dilation[d] != 1)) return false;
-  const int64_t* result = product.kind == Kind::kForward ? g.out : g.in;
+  const int64_t* result = product.kind == Kind::kInputGradient ? g.in : g.out;
   const int64_t used = result[1] * result[2], made = RoundUp(result[1], 4) * RoundUp(result[2], 4);
   constexpr int64_t kMinChannels = 16, kMaxChannels = kInt32Max / (9 * 127 * 127);
   return 2 * used > made && std::min(g.in_channels, g.out_channels) >= kMinChannels &&
@@ -554,7 +554,7 @@ bool IsWinograd(const Product& product, const KernelShape& shape) {
 Plan MakeWinogradPlan(const Product& product, const KernelShape& shape, int workers) {
   constexpr int64_t kLanes = 16, kPlanes = 36, kTiles = 30, kWholeDepth = 224, kBlockDepth = 176;
   const Geometry& g = product.geometry;
-  const bool is_forward = product.kind == Kind::kForward;
+  const bool is_forward = product.kind != Kind::kInputGradient;
   Plan p{};
   p.is_winograd = true;
   for (int d = 0; d < kSpace; ++d) {
@@ -569,6 +569,17 @@ Plan MakeWinogradPlan(const Product& product, const KernelShape& shape, int work
   w.rows = CeilDiv(p.result[1], 4), w.columns = CeilDiv(p.result[2], 4);
   w.tiles = g.batch * p.result[0] * w.rows * w.columns;
   for (int d = 0; d < 2; ++d) w.pad[d] = is_forward ? g.pad[d + 1] : 2 - g.pad[d + 1];
+  if (product.kind == Kind::kFilterGradient) {
+    w.pairs = CeilDiv(w.tiles, 2);
+    w.input_offset = kPlanes * w.pairs * 2 * RoundUp(g.in_channels, kLanes) * 2;
+    w.worker_offset = w.input_offset + p.panels * kPlanes * w.pairs * 2 * kLanes * 2;
+    constexpr int64_t kMaxRows = 96;  // whose products stay in L2
+    const int64_t row_tasks = std::max(CeilDiv(g.in_channels, kMaxRows), CeilDiv(2 * workers, p.panels));
+    const int64_t rows = w.rows_per_task = RoundUp(CeilDiv(g.in_channels, row_tasks), shape.mr);
+    w.worker_bytes = rows * kLanes * (9 * int64_t{sizeof(int64_t)} + kPlanes * int64_t{sizeof(int32_t)});
+    p.scratch_bytes = w.worker_offset + workers * w.worker_bytes;
+    return p;
+  }
   w.blocks = p.source_channels <= kWholeDepth ? 1 : CeilDiv(p.source_channels, kBlockDepth);
   w.block_depth = RoundUp(CeilDiv(p.source_channels, w.blocks), kLanes);
   w.tiles_per_group = std::min(kTiles, w.tiles);
@@ -601,7 +612,11 @@ const char* FindError(const Product& product, int64_t* value) {
 }
 
 Plan MakePlan(const Product& product, const KernelShape& shape, int workers) {
-  if (IsWinograd(product, shape)) return MakeWinogradPlan(product, shape, workers);
+  if (IsWinograd(product, shape)) {
+    constexpr int64_t kMaxScratch = int64_t{1} << 27;  // a filter gradient holds all its tiles
+    Plan plan = MakeWinogradPlan(product, shape, workers);
+    if (plan.scratch_bytes <= kMaxScratch) return plan;
+  }
   if (IsDepthwise(product.geometry)) return MakeDepthwisePlan(product, workers);
   return Planner(product, shape, workers).Make();
 }

@@ -75,12 +75,16 @@ struct Task {
   int64_t group, first_tile, tiles, first_panel, panels;
 };
 
+constexpr int64_t kWinogradTiles = 128;  // whose filter gradients are summed at once: at most 130
+
 struct WinogradPlan {            // see winograd_loops.h
   int64_t rows, columns, tiles;  // of 4 x 4 pixels: of an image, and of all images
   int64_t pad[2];
   int64_t blocks, block_depth;                        // of the channels that are summed
   int64_t groups, tiles_per_group;                    // tiles that are transformed together
   bool is_shared;                                     // few groups: tasks are panels of a group
+  int64_t rows_per_task;                              // input channels, for the filter gradient
+  int64_t pairs;                                      // of tiles, for the filter gradient
   int64_t input_offset, worker_offset, worker_bytes;  // of scratch
 };
 

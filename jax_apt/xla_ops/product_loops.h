@@ -528,12 +528,14 @@ class Driver {
 
 #include "depthwise_loops.h"
 #include "pool_loops.h"
-#include "winograd_loops.h"
+
+template <class K>  // of units that include winograd_loops.h
+void RunWinograd(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel);
 
 template <class K>
 void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
   if constexpr (K::kHasWinograd) {
-    if (plan.is_winograd) return Winograd<K>(plan, product, scratch).Run(parallel);
+    if (plan.is_winograd) return RunWinograd<K>(plan, product, scratch, parallel);
   }
   if (plan.is_depthwise) return RunDepthwise(plan, product, scratch, parallel);
   Driver<K>(plan, product, scratch).Run(parallel);
