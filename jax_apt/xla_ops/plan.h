@@ -112,7 +112,7 @@ struct Plan {
 
   // The pixels of dy as the depth of a filter gradient; otherwise rhs is w.
   bool is_rhs_pixels;
-  bool is_rhs_own;      // each task packs the panels that it multiplies, which then never change cores
+  bool is_rhs_own;    // each task packs the panels that it multiplies, which then never change cores
   bool is_rhs_along;  // the depth of w is contiguous in memory, not its columns
   int64_t rhs_lane_step, rhs_depth_step, rhs_group_step;  // elements of w (or dy)
 
