@@ -102,6 +102,22 @@ def as_varying(x, axes: frozenset[str]):
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def without_explicit_axes(function, out):
+    """`function`, run as on a mesh whose explicit axes are automatic; its result is sharded as `out`'s type.
+
+    Inside, XLA chooses how to shard, and types say nothing of it.
+    """
+    explicit = out.sharding.mesh.explicit_axes
+    if not explicit:
+        return function
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out.sharding)
+
+
+def without_out_sharding(params: dict) -> dict:
+    """Parameters of a product that asks for no sharding of its result."""
+    return {name: None if name == "out_sharding" else value for name, value in params.items()}
+
+
 def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
     """(inputs, cotangents of the float outputs) -> gradients of the float inputs.
 

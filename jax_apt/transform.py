@@ -287,7 +287,11 @@ class _Replayer:
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites) -> Array:
         lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
-        formats, tap = sites[node.layer]
+        out = versions.aval(eqn.outvars[0])
+        run = versions.without_explicit_axes(partial(self._quantized, eqn, node), out)
+        return run(lhs, rhs, *sites[node.layer]).astype(out.dtype)
+
+    def _quantized(self, eqn: JaxprEqn, node: QuantizedProduct, lhs, rhs, formats, tap) -> Array:
         axes = self.mesh_axes
         if axes and self.is_typed:
             varying = versions.varying_axes(lhs) | versions.varying_axes(rhs)
@@ -307,8 +311,7 @@ class _Replayer:
         )
         _check_sums_fit(eqn, node, site)
         with jax.named_scope(f"apt/{node.layer}"):
-            out = quantized_product(site, lhs, rhs, formats, tap)
-        return out.astype(versions.aval(eqn.outvars[0]).dtype)
+            return quantized_product(site, lhs, rhs, formats, tap)
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         return _BODIES[versions.name(eqn)](self, eqn, node, inputs, sites)

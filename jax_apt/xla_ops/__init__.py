@@ -13,12 +13,15 @@ import functools
 import math
 import os
 import pathlib
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jax_apt.xla_ops.partitioning import partitioned
 
 _LIBRARY = pathlib.Path(__file__).with_name("libjax_apt_xla_ops.so")
 _TARGETS = ("jax_apt_product", "jax_apt_quantize")
@@ -113,6 +116,18 @@ def quantize(x: Array, bits, exponent, *, limbs: int, isa: str = "auto") -> tupl
     if x.dtype != jnp.float32:
         raise TypeError(f"quantize: x must be float32, got {x.dtype}")
     formats = jnp.stack([jnp.asarray(bits, jnp.int32), jnp.asarray(exponent, jnp.int32)])
+    dims = tuple(f"d{i}" for i in range(x.ndim))
+    run = partitioned(
+        partial(_quantize, limbs=limbs, isa=isa),
+        (dims, ("format",)),
+        (("limb", *dims), ()),
+        frozenset({"limb", "format"}),
+    )
+    planes, nonfinite = run(x, formats)
+    return planes, nonfinite
+
+
+def _quantize(parts, x: Array, formats: Array, *, limbs: int, isa: str) -> tuple[Array, Array]:
     results = (
         jax.ShapeDtypeStruct((limbs, *x.shape), jnp.uint8),
         jax.ShapeDtypeStruct((), jnp.float32),
