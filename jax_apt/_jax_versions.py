@@ -123,9 +123,8 @@ def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
 
     The rule that the author of a custom_jvp or custom_vjp function wrote, traced.
     """
-    inputs = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in eqn.invars]
-    outputs = [aval(v) for v in eqn.outvars if is_float(aval(v))]
-    cotangents = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs]
+    inputs = [aval(v).strip_weak_type() for v in eqn.invars]  # with shardings and what varies in a shard_map
+    cotangents = [aval(v).strip_weak_type() for v in eqn.outvars if is_float(aval(v))]
 
     def gradients(*values):
         args = list(values[: len(inputs)])
@@ -140,7 +139,8 @@ def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
         _, pullback = jax.vjp(function, *(args[i] for i in places))
         return pullback(list(values[len(inputs) :]))
 
-    return jax.make_jaxpr(gradients)(*inputs, *cotangents)
+    with eqn.ctx.manager:
+        return jax.make_jaxpr(gradients)(*inputs, *cotangents)
 
 
 def is_float(x) -> bool:

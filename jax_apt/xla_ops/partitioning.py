@@ -23,7 +23,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Dims = tuple[str, ...]  # names of the dimensions of one array; letters and digits
 
@@ -102,10 +102,11 @@ def _partition(call, operands, results, whole, mesh, operand_infos, result_infos
         return NamedSharding(mesh, PartitionSpec(*(axes.get(d) for d in dims)))
 
     def program(*args):
-        return tuple(
-            _summed(out, tuple(a for d, along in axes.items() if d not in dims for a in along))
-            for out, dims in zip(call(parts, *args), results, strict=True)
-        )
+        with jax.sharding.use_abstract_mesh(_automatic(mesh)):  # types of one device's parts say no sharding
+            return tuple(
+                _summed(out, tuple(a for d, along in axes.items() if d not in dims for a in along))
+                for out, dims in zip(call(parts, *args), results, strict=True)
+            )
 
     return mesh, program, tuple(map(sharding, results)), tuple(map(sharding, operands))
 
@@ -133,6 +134,10 @@ def _summed(x, axes: tuple[str, ...]):
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[a] for a in axes)
+
+
+def _automatic(mesh: Mesh) -> AbstractMesh:
+    return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _named_mesh(mesh: Mesh, infos) -> Mesh:
