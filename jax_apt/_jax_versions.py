@@ -102,12 +102,17 @@ def as_varying(x, axes: frozenset[str]):
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def explicit_axes(aval) -> tuple[str, ...]:
+    """Mesh axes along which the type of a value says how it is sharded."""
+    return aval.sharding.mesh.explicit_axes
+
+
 def without_explicit_axes(function, out):
     """`function`, run as on a mesh whose explicit axes are automatic; its result is sharded as `out`'s type.
 
     Inside, XLA chooses how to shard, and types say nothing of it.
     """
-    explicit = out.sharding.mesh.explicit_axes
+    explicit = explicit_axes(out)
     if not explicit:
         return function
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out.sharding)

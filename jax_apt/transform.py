@@ -19,8 +19,10 @@ from jax.sharding import PartitionSpec
 
 from jax_apt import _jax_versions as versions
 from jax_apt.config import Backend, Config, Rule, check_backend
+from jax_apt.max_pool import max_pool
 from jax_apt.ops import Site, quantized_product
 from jax_apt.plan import (
+    MaxPool,
     Nested,
     Plan,
     QuantizedProduct,
@@ -30,6 +32,17 @@ from jax_apt.plan import (
 )
 from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
+from jax_apt.scan_over_time import (
+    NOTHING_LATER,
+    Deferred,
+    Later,
+    Loop,
+    differentiate_later,
+    find_deferred,
+    hoist,
+    probe_shapes,
+    weight_gradient,
+)
 from jax_apt.state import (
     AptState,
     Layer,
@@ -52,6 +65,7 @@ def apt_quantize(
     *,
     config: Config | None = None,
     backend: Backend = "auto",
+    replace_slow: bool = True,
 ) -> "AptFunction":
     """Wraps an apply function so that its products train in adaptive fixed point.
 
@@ -62,6 +76,8 @@ def apt_quantize(
       rules: pick layers by name, first match wins; layers that no rule hits get `Rule()`.
       config: constants of the method; `Config()` if None. Set `steps_per_epoch`.
       backend: "auto" takes "native" where it can run, else "xla"; or one of "native", "xla", "emulate".
+      replace_slow: whether exact custom calls may take the place of float32 operations that XLA runs slowly
+        on a CPU (max pooling's gradient), where "native" runs. Values are the same, bit for bit.
 
     Returns:
       The quantized function, with `init`, `apply`, `update` and `report`.
@@ -83,7 +99,7 @@ def apt_quantize(
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {config!r}")
     check_backend(backend)
-    return AptFunction(fn, tuple(rules), config or Config(), backend)
+    return AptFunction(fn, tuple(rules), config or Config(), backend, replace_slow)
 
 
 def _check_rules(rules) -> None:
@@ -104,6 +120,7 @@ class AptFunction:
     rules: tuple[Rule, ...]
     config: Config
     backend: str
+    replace_slow: bool = True
 
     def init(self, variables: Any, *args, **kwargs) -> AptState:
         """The precision state before the first step, for arguments of these shapes.
@@ -219,7 +236,7 @@ def _trace(q: AptFunction, variables, args, kwargs) -> _Traced:
     arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
     labels = [label for a, label in zip(is_array, labels, strict=True) if a]
     jaxpr, out_shape = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
-    plan, layout = make_plan(jaxpr, labels, q.rules, q.backend)
+    plan, layout = make_plan(jaxpr, labels, q.rules, q.backend, q.replace_slow)
     return _Traced(plan, layout, arrays, jax.tree.structure(out_shape))
 
 
@@ -265,41 +282,54 @@ class _Replayer:
     mesh_axes: tuple[str, ...] = ()  # those that a `shard_map` around maps over
     is_typed: bool = True  # whether that `shard_map` checks along which of them a value varies
 
-    def replay(self, plan: Plan, args: Sequence, sites: Sites) -> list:
+    def replay(self, plan: Plan, args: Sequence, sites: Sites, later: Later = NOTHING_LATER) -> list:
         values: dict = dict(zip(plan.jaxpr.jaxpr.invars, args, strict=True))
         values |= dict(zip(plan.jaxpr.jaxpr.constvars, plan.jaxpr.consts, strict=True))
+        values |= later.weights
 
         def read(var):
             return var.val if isinstance(var, Literal) else values[var]
 
         for i, eqn in enumerate(plan.jaxpr.jaxpr.eqns):
+            if all(var in later.weights for var in eqn.outvars):
+                continue
             inputs = [read(v) for v in eqn.invars]
             node = plan.nodes.get(i)
             if node is None:
                 out = versions.bind(eqn, inputs)
+            elif isinstance(node, MaxPool):
+                out = [max_pool(eqn, *inputs)]
             elif isinstance(node, QuantizedProduct):
-                out = [self._product(eqn, node, inputs, sites)]
+                run = partial(later.product, i) if i in later.probes else quantized_product
+                out = [self._product(eqn, node, inputs, sites, run)]
             else:
                 own = {n: sites[n] for body in node.bodies for n in body.layers()}
                 out = self._nested(eqn, node, inputs, own)
             values |= dict(zip(eqn.outvars, out, strict=True))
         return [read(v) for v in plan.jaxpr.jaxpr.outvars]
 
-    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites) -> Array:
+    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run) -> Array:
         lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
         out = versions.aval(eqn.outvars[0])
-        run = versions.without_explicit_axes(partial(self._quantized, eqn, node), out)
-        return run(lhs, rhs, *sites[node.layer]).astype(out.dtype)
+        quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run), out)
+        return quantized(lhs, rhs, *sites[node.layer]).astype(out.dtype)
 
-    def _quantized(self, eqn: JaxprEqn, node: QuantizedProduct, lhs, rhs, formats, tap) -> Array:
-        axes = self.mesh_axes
+    def _quantized(self, eqn: JaxprEqn, node: QuantizedProduct, run, lhs, rhs, formats, tap) -> Array:
+        axes, copied = self.mesh_axes, ((), ())
         if axes and self.is_typed:
-            varying = versions.varying_axes(lhs) | versions.varying_axes(rhs)
+            own = versions.varying_axes(lhs), versions.varying_axes(rhs)
+            varying = own[0] | own[1]
+            copied = tuple(tuple(sorted(varying - axes)) for axes in own)
             lhs, rhs, tap = (versions.as_varying(x, varying) for x in (lhs, rhs, tap))
             axes = tuple(a for a in axes if a in varying)
+        site = self._site(eqn, node, axes)._replace(copied=copied)
+        with jax.named_scope(f"apt/{node.layer}"):
+            return run(site, lhs, rhs, formats, tap)
+
+    def _site(self, eqn: JaxprEqn, node: QuantizedProduct, axes: tuple[str, ...] = ()) -> Site:
         layer = self.layers[node.layer]
         site = Site(
-            programs=trace_programs(eqn, lhs.shape, rhs.shape),
+            programs=trace_programs(eqn, *(versions.aval(v).shape for v in eqn.invars)),
             is_weight_lhs=node.is_weight_lhs,
             widths=self.widths[node.layer],
             backend=layer.backend,
@@ -310,8 +340,7 @@ class _Replayer:
             mesh_axes=axes,
         )
         _check_sums_fit(eqn, node, site)
-        with jax.named_scope(f"apt/{node.layer}"):
-            return quantized_product(site, lhs, rhs, formats, tap)
+        return site
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         return _BODIES[versions.name(eqn)](self, eqn, node, inputs, sites)
@@ -343,22 +372,67 @@ class _Replayer:
 
     def _scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """One precision per slice in a scan over layers, one for all steps in a scan over time."""
+        num_consts, _ = versions.scan_parts(eqn)
+        is_explicit = any(versions.explicit_axes(versions.aval(v)) for v in eqn.outvars)
+        if not node.is_over_layers and not self.mesh_axes and not is_explicit:
+            deferred = find_deferred(node.bodies[0], num_consts, self._can_defer)
+            if deferred.products:
+                return self._scan_over_time(eqn, node, inputs, sites, deferred)
+        return self._run_scan(eqn, node, inputs, sites)[0]
+
+    def _run_scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites, weights=None, probes=None):
+        """(outputs, codes of X of every deferred product, stacked over the steps)"""
         p = eqn.params
         num_consts, num_carry = versions.scan_parts(eqn)
         consts, rest = inputs[:num_consts], inputs[num_consts:]
         carry, xs = rest[:num_carry], rest[num_carry:]
 
         def step(carry, scanned):
-            xs, sliced = scanned
+            xs, sliced, probes = scanned
             inner = sliced if node.is_over_layers else sites
-            out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner)
-            return out[:num_carry], out[num_carry:]
+            later = Later(weights or {}, probes, {})
+            out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner, later)
+            return out[:num_carry], (out[num_carry:], later.codes)
 
-        scanned = (xs, sites if node.is_over_layers else None)
-        carry, ys = lax.scan(
+        scanned = (xs, sites if node.is_over_layers else None, probes or {})
+        carry, (ys, codes) = lax.scan(
             step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
         )
-        return [*carry, *ys]
+        return [*carry, *ys], codes
+
+    def _can_defer(self, node: QuantizedProduct) -> bool:
+        layer = self.layers[node.layer]
+        return "dw" in layer.gemms and layer.rounding == "nearest"
+
+    def _scan_over_time(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites, deferred: Deferred) -> list:
+        """A scan over time whose weight gradients are computed after it."""
+        (body,) = node.bodies
+        eqns, names = body.jaxpr.jaxpr.eqns, list(sites)
+        nodes = {i: node for i, node in body.nodes.items() if isinstance(node, QuantizedProduct)}
+        products = {i: self._site(eqns[i], nodes[i]) for i in deferred.products}
+        weights = hoist(body, deferred, inputs[: versions.scan_parts(eqn)[0]])
+
+        def run(weights, values, formats, probes):
+            taps, inputs = values[: len(names)], values[len(names) :]
+            inner = {name: (formats[name], tap) for name, tap in zip(names, taps, strict=True)}
+            given = dict(zip(deferred.weights, weights, strict=True))
+            return self._run_scan(eqn, node, inputs, inner, given, probes)
+
+        def gradient(i, codes, probe):
+            return weight_gradient(products[i], codes, probe)
+
+        loop = Loop(
+            run=run,
+            gradient=gradient,
+            probes={i: probe_shapes(site, eqn.params["length"]) for i, site in products.items()},
+            weight_of=deferred.products,
+        )
+        taps = [tap for _, tap in sites.values()]
+        inputs = [
+            lax.stop_gradient(value) if var in deferred.weights else value
+            for var, value in zip(body.jaxpr.jaxpr.invars, inputs, strict=True)
+        ]
+        return differentiate_later(loop, weights, [*taps, *inputs], {n: f for n, (f, _) in sites.items()})
 
     def _shard_map(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """Formats are the same on all devices; what a device measures is added to the others'."""
