@@ -9,6 +9,7 @@ line per step: loss and bit-widths) and `checkpoint.npz` into the folder of the 
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -37,7 +38,11 @@ def main() -> None:
 
     q = apt.apt_quantize(network, config=apt.Config(steps_per_epoch=20))
     params = initial_parameters()
-    carried = (params, jax.tree.map(jnp.zeros_like, params), q.init(params, jnp.zeros((args.batch, SIZES[0]))))
+    carried = (
+        params,
+        jax.tree.map(jnp.zeros_like, params),
+        q.init(params, jnp.zeros((args.batch, SIZES[0]))),
+    )
     start, carried = restore(args.run / "checkpoint.npz", carried)
     carried = jax.device_put(carried, everywhere)  # every process holds the same values
     step = jax.jit(make_step(q), out_shardings=everywhere, donate_argnums=0)
@@ -76,7 +81,7 @@ def initial_parameters():
     keys = jax.random.split(jax.random.key(0))
     kernels = [
         jax.random.normal(key, shape) / shape[0] ** 0.5
-        for key, shape in zip(keys, zip(SIZES, SIZES[1:], strict=False), strict=True)
+        for key, shape in zip(keys, itertools.pairwise(SIZES), strict=True)
     ]
     return {"hidden": {"kernel": kernels[0]}, "head": {"kernel": kernels[1]}}
 
@@ -104,7 +109,7 @@ def make_step(q):
 def make_batch(step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 (size, 32) and the labels (size,) that a fixed random network gives them."""
     teacher = np.random.default_rng(0).normal(size=(SIZES[0], SIZES[-1]))
-    x = np.random.default_rng([1, step]).normal(size=(size, SIZES[0])).astype(np.float32)
+    x = np.random.default_rng([1, step]).standard_t(3, (size, SIZES[0])).astype(np.float32)
     return x, np.argmax(x @ teacher, axis=1).astype(np.int32)
 
 

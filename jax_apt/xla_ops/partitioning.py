@@ -10,7 +10,7 @@ did not exist.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -50,7 +50,7 @@ def partitioned(
         partial(_partition, call, operands, results, whole),
         sharding_rule=_sharding_rule(operands, results, whole),
     )
-    run = custom_vmap(lambda *args: split(*args))
+    run = custom_vmap(split)
 
     @run.def_vmap
     def with_new_dimension(size, is_batched, *args):
