@@ -166,7 +166,7 @@ def measured() -> list[dict]:
 
 
 def check(rows: list[dict]) -> None:
-    """Raises AssertionError if the claim does not hold: of data parallelism, in which all layers take part."""
+    """Raises AssertionError if the claim does not hold of data parallelism."""
     for name in ("quiet", "measuring"):
         added = {r[name] for r in rows if r["layout"] == "data" and r["devices"] > 1 and r["layers"] == 2}
         assert len(added) == 1, f"traffic added to a {name} step depends on width or devices: {added}"
@@ -185,11 +185,11 @@ def per_layer(rows: list[dict], name: str) -> Traffic:
 
 def small_table(rows: list[dict]) -> str:
     lines = [
-        "| split | devices | layers | width | float32: bytes | added, quiet step | added, every tensor measured |",
+        "| split | devices | layers | width | float32 | added, quiet step | added, all tensors measured |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {r['layout']} | {r['devices']} | {r['layers']} | {r['width']} | {r['float32'].bytes:,} | "
+        f"| {r['layout']} | {r['devices']} | {r['layers']} | {r['width']} | {r['float32'].bytes:,} B | "
         f"{_cell(r['quiet'])} | {_cell(r['measuring'])} |"
         for r in rows
     ]
@@ -204,7 +204,7 @@ def large_table(rows: list[dict]) -> str:
     quiet, measuring = (per_layer(rows, name) for name in ("quiet", "measuring"))
     state = next(r["state"] / r["layers"] for r in rows)
     lines = [
-        "| network | devices | gradients, per device | added, quiet | added, all measured | state, per device |",
+        "| network | devices | gradients | added, quiet | added, all measured | state |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, layers, millions in NETWORKS:
@@ -235,7 +235,8 @@ def page(rows: list[dict]) -> str:
             f"A layer adds {_cell(quiet)} all-reduces to a quiet step, {_cell(measuring)} to one in which "
             "all its tensors are measured.",
             "",
-            "Computed from that, for data parallelism with ring all-reduces (2 (N - 1) / N times the bytes):",
+            "Computed from that, for data parallelism with ring all-reduces (2 (N - 1) / N times the bytes), "
+            "what each device sends, and the precision state that it holds:",
             "",
             large_table(rows),
         ]
