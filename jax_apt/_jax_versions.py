@@ -6,6 +6,8 @@ Written for jax 0.10.2 and newer; other modules see none of it.
 import os
 import re
 import sysconfig
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -123,10 +125,10 @@ def without_out_sharding(params: dict) -> dict:
     return {name: None if name == "out_sharding" else value for name, value in params.items()}
 
 
-def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
+def gradient_program(eqn: JaxprEqn, shard_maps: tuple[JaxprEqn, ...] = ()) -> ClosedJaxpr:
     """(inputs, cotangents of the float outputs) -> gradients of the float inputs.
 
-    The rule that the author of a custom_jvp or custom_vjp function wrote, traced.
+    The rule that the author of a custom_jvp or custom_vjp function wrote, traced inside these shard_maps.
     """
     inputs = [aval(v).strip_weak_type() for v in eqn.invars]  # with shardings and what varies in a shard_map
     cotangents = [aval(v).strip_weak_type() for v in eqn.outvars if is_float(aval(v))]
@@ -144,8 +146,29 @@ def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
         _, pullback = jax.vjp(function, *(args[i] for i in places))
         return pullback(list(values[len(inputs) :]))
 
-    with eqn.ctx.manager:
-        return jax.make_jaxpr(gradients)(*inputs, *cotangents)
+    def trace():
+        with eqn.ctx.manager:
+            return jax.make_jaxpr(gradients)(*inputs, *cotangents)
+
+    for outer in reversed(shard_maps):
+        trace = partial(_inside, outer, trace)
+    return trace()
+
+
+def _inside(shard_map: JaxprEqn, trace: Callable[[], ClosedJaxpr]) -> ClosedJaxpr:
+    """What `trace` returns where the axes of a shard_map are bound."""
+    found, p = [], shard_map.params
+
+    def body():
+        found.append(trace())
+        return ()
+
+    axes = set(p["newly_manual_axes"])
+    mapped = jax.shard_map(
+        body, mesh=p["mesh"], in_specs=(), out_specs=(), axis_names=axes, check_vma=p["check_vma"]
+    )
+    jax.eval_shape(mapped)
+    return found[0]
 
 
 def is_float(x) -> bool:
