@@ -125,6 +125,11 @@ def without_out_sharding(params: dict) -> dict:
     return {name: None if name == "out_sharding" else value for name, value in params.items()}
 
 
+def spread_axes(eqn: JaxprEqn) -> frozenset[str]:
+    """Axes along which an equation declares a value as varying that is the same on all devices."""
+    return frozenset(eqn.params["axes"]) if eqn.primitive.name == "pvary" else frozenset()
+
+
 def gradient_program(eqn: JaxprEqn, shard_maps: tuple[JaxprEqn, ...] = ()) -> ClosedJaxpr:
     """(inputs, cotangents of the float outputs) -> gradients of the float inputs.
 

@@ -5,6 +5,7 @@ quantized products, everything else runs as it was. No monkey-patching, no globa
 """
 
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -286,6 +287,7 @@ class _Replayer:
         values: dict = dict(zip(plan.jaxpr.jaxpr.invars, args, strict=True))
         values |= dict(zip(plan.jaxpr.jaxpr.constvars, plan.jaxpr.consts, strict=True))
         values |= later.weights
+        same_along: dict = defaultdict(frozenset)  # variable -> axes of a shard_map, where it is known
 
         def read(var):
             return var.val if isinstance(var, Literal) else values[var]
@@ -297,29 +299,31 @@ class _Replayer:
             node = plan.nodes.get(i)
             if node is None:
                 out = versions.bind(eqn, inputs)
+                same_along |= dict.fromkeys(eqn.outvars, versions.spread_axes(eqn))
             elif isinstance(node, MaxPool):
                 out = [max_pool(eqn, *inputs)]
             elif isinstance(node, QuantizedProduct):
                 run = partial(later.product, i) if i in later.probes else quantized_product
-                out = [self._product(eqn, node, inputs, sites, run)]
+                same = [frozenset() if isinstance(v, Literal) else same_along[v] for v in eqn.invars]
+                out = [self._product(eqn, node, inputs, sites, run, same)]
             else:
                 own = {n: sites[n] for body in node.bodies for n in body.layers()}
                 out = self._nested(eqn, node, inputs, own)
             values |= dict(zip(eqn.outvars, out, strict=True))
         return [read(v) for v in plan.jaxpr.jaxpr.outvars]
 
-    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run) -> Array:
+    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
         lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
         out = versions.aval(eqn.outvars[0])
-        quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run), out)
+        quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run, same), out)
         return quantized(lhs, rhs, *sites[node.layer]).astype(out.dtype)
 
-    def _quantized(self, eqn: JaxprEqn, node: QuantizedProduct, run, lhs, rhs, formats, tap) -> Array:
+    def _quantized(self, eqn, node: QuantizedProduct, run, same, lhs, rhs, formats, tap) -> Array:
         axes, copied = self.mesh_axes, ((), ())
         if axes and self.is_typed:
             own = versions.varying_axes(lhs), versions.varying_axes(rhs)
             varying = own[0] | own[1]
-            copied = tuple(tuple(sorted(varying - axes)) for axes in own)
+            copied = tuple(tuple(sorted(s | varying - o)) for s, o in zip(same, own, strict=True))
             lhs, rhs, tap = (versions.as_varying(x, varying) for x in (lhs, rhs, tap))
             axes = tuple(a for a in axes if a in varying)
         site = self._site(eqn, node, axes)._replace(copied=copied)
