@@ -42,6 +42,7 @@ class Site(NamedTuple):
     rounding: str = "nearest"  # of dy
     seed: int = 0  # of stochastic rounding
     mesh_axes: tuple[str, ...] = ()  # of a `shard_map` around, along which operands may differ
+    copied: tuple[tuple[str, ...], ...] = ((), ())  # of these, those along which lhs and rhs are the same
 
 
 def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: Array) -> Array:
@@ -186,7 +187,15 @@ def _quantized(
     if slot == DY and site.rounding == "stochastic":
         value = round_stochastically(value, exponent, _key(site.seed, step, value))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
-    return operand, measured._replace(nonfinite=operand.nonfinite)
+    copied = () if slot == DY else site.copied[_slots(site).index(slot)]
+    return operand, measured._replace(nonfinite=_counted_once(operand.nonfinite, copied))
+
+
+def _counted_once(count: Array, copied: tuple[str, ...]) -> Array:
+    """A count that the devices' sum holds once: of those that have the same tensor the first gives it."""
+    for axis in copied:
+        count = jnp.where(lax.axis_index(axis) == 0, count, 0.0)
+    return count
 
 
 def _key(seed: int, step: Array, value: Array) -> Array:

@@ -157,6 +157,7 @@ class _Planner:
     left: dict[str, LeftInFloat] = field(default_factory=dict)
     replaced: list[Replaced] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
+    shard_maps: tuple[JaxprEqn, ...] = ()  # around the equation at hand
 
     def layout(self) -> Layout:
         unused = tuple(str(r) for i, r in enumerate(self.rules) if i not in self.used)
@@ -265,11 +266,17 @@ class _Planner:
         outputs = [_join(labels) for labels in zip(*(out for _, out in walks), strict=True)]
         return Nested(tuple(plan for plan, _ in walks)), outputs
 
+    def _shard_map(self, eqn, inputs, stack, scope):
+        outer, self.shard_maps = self.shard_maps, (*self.shard_maps, eqn)
+        node, outputs = self._call(eqn, inputs, stack, scope)
+        self.shard_maps = outer
+        return node, outputs
+
     def _custom_rule(self, eqn, inputs, stack, scope):
         """The function's own products, and those of the gradient that its author wrote."""
         (body,) = versions.sub_jaxprs(eqn)
         forward, outputs = self.walk(body, inputs, stack, scope)
-        program = versions.gradient_program(eqn)
+        program = versions.gradient_program(eqn, self.shard_maps)
         cotangents: list[Label] = [_GRADIENT] * (len(program.in_avals) - len(inputs))
         gradient, _ = self.walk(program, [*inputs, *cotangents], stack, scope)
         return Nested((forward, gradient)), outputs
@@ -336,7 +343,8 @@ _BODIES = {
     "while": _Planner._while,
     "cond": _Planner._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Planner._custom_rule),
-    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL, "shard_map"), _Planner._call),
+    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL), _Planner._call),
+    "shard_map": _Planner._shard_map,
     **dict.fromkeys(versions.RAGGED, _Planner._ragged),
     **dict.fromkeys((*versions.SOLVERS, "CustomRoot"), _Planner._solver),
 }

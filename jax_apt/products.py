@@ -99,7 +99,7 @@ def trace_programs(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Programs:
     dlhs and drhs come from JAX's own transposition rule, so every dimension number, padding, dilation and
     group is covered by it.
     """
-    params = dict(eqn.params) | {"preferred_element_type": jnp.dtype(jnp.float32)}
+    params = versions.without_out_sharding(eqn.params) | {"preferred_element_type": jnp.dtype(jnp.float32)}
     lhs = jax.ShapeDtypeStruct(lhs_shape, jnp.float32)
     rhs = jax.ShapeDtypeStruct(rhs_shape, jnp.float32)
 
