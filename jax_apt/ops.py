@@ -159,7 +159,7 @@ def _kept(site: Site, gemm: str, operand: Operand | None, value: Array):
     """Residuals that a later product needs: codes if it is quantized, else the tensor itself."""
     if gemm in site.gemms:
         assert operand is not None
-        return checkpoint_name((operand.number, operand.nonfinite), CODES_NAME), None
+        return (operand.number, operand.nonfinite), None
     return None, value
 
 
@@ -185,7 +185,10 @@ def _quantized(
     if slot == DY and site.rounding == "stochastic":
         value = round_stochastically(value, exponent, _key(site.seed, step, value))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
-    return operand, measured._replace(nonfinite=operand.nonfinite)
+    # Named where they are made: whatever a remat computes again starts from them, and quantizes nothing.
+    number, nonfinite, measured = checkpoint_name((operand.number, operand.nonfinite, measured), CODES_NAME)
+    operand = operand._replace(number=number, nonfinite=nonfinite)
+    return operand, measured._replace(nonfinite=nonfinite)
 
 
 def _key(seed: int, step: Array, value: Array) -> Array:
