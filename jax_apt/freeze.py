@@ -34,7 +34,15 @@ from jax_apt.plan import Nested, Plan, QuantizedProduct
 from jax_apt.products import Operand
 from jax_apt.state import AptState, Layer, check_same_layers, check_state, formats
 from jax_apt.transform import NOTHING_LATER, AptFunction, Later, Sites, _Replayer, _trace
-from jax_apt.weight_uses import ProductUse, Uses, find_uses, is_inlined, moves_codes, takes_codes
+from jax_apt.weight_uses import (
+    ProductUse,
+    Uses,
+    find_uses,
+    forward_layers,
+    is_inlined,
+    moves_codes,
+    takes_codes,
+)
 
 # Freezing
 
@@ -72,11 +80,12 @@ def freeze(q: AptFunction, variables: Any, state: AptState, *args, **kwargs) -> 
             leaf, weight = _freeze_leaf(name, leaf, next(remaining), state)
             weights.append(weight)
         new_leaves.append(leaf)
-    table = {name: rows[..., :2, :].at[..., 3].set(0) for name, rows in formats(replace(state, taps=None)).items()}
+    table, forward = formats(replace(state, taps=None)), forward_layers(traced.plan)
+    frozen = tuple(_frozen_layer(layer, state, layer.name in forward) for layer in layers.values())
     return Frozen(
         variables=jax.tree.unflatten(tree, new_leaves),
-        formats={name: table[name] for name in layers},
-        layout=FrozenLayout(tuple(_frozen_layer(layer, state) for layer in layers.values()), tuple(weights)),
+        formats={name: table[name][..., :2, :].at[..., 3].set(0) for name in layers},
+        layout=FrozenLayout(frozen, tuple(weights)),
     )
 
 
@@ -89,14 +98,15 @@ def _forward_only(q: AptFunction) -> AptFunction:
     return replace(q, replace_slow=False)  # these are gradients
 
 
-def _frozen_layer(layer: Layer, state: AptState) -> FrozenLayer:
+def _frozen_layer(layer: Layer, state: AptState, is_forward: bool) -> FrozenLayer:
     precision, widths, is_settled = state[layer.name], [], True
     for tensor, candidates in zip(("x", "w"), layer.widths, strict=False):
         is_measured = bool(np.all(np.asarray(precision[tensor].updates) > 0))
         in_use = sorted(set(np.asarray(precision[tensor].bits).ravel().tolist()))
         widths.append(tuple(in_use) if is_measured else candidates)
         is_settled &= is_measured
-    has_weight = layer.weight_shape is not None and "fwd" in layer.gemms
+    has_weight = is_forward and layer.weight_shape is not None and "fwd" in layer.gemms
+    is_settled |= not is_forward
     return FrozenLayer(layer.name, layer.stack, (*widths, layer.widths[2]), has_weight, is_settled)
 
 

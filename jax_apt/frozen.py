@@ -1,8 +1,8 @@
 """What `freeze` makes: integer weights with exponents in the parameters' structure, and the formats to run on.
 
-    parameter that only products use, all in one format    `Fixed`: codes, bits, exponent
-    parameter with several formats, or with other uses     `SharedWeight`: a `Fixed` per format, and its value
-    any other parameter                                    as it was
+parameter that only products use, all in one format    `Fixed`: codes, bits, exponent
+parameter with several formats, or with other uses     `SharedWeight`: a `Fixed` per format, and its value
+any other parameter                                    as it was
 """
 
 from collections.abc import Sequence

@@ -78,7 +78,9 @@ def from_state_dict(
     check_state(target, "from_state_dict(target, saved)")
     source = _renamed(_read(saved), dict(rename or {}))
     known = {layer.name: layer for layer in target.layout.layers}
-    fresh = {name: why for name, layer in known.items() if (why := _difference(layer, source.layers.get(name)))}
+    fresh = {
+        name: why for name, layer in known.items() if (why := _difference(layer, source.layers.get(name)))
+    }
     unused = [name for name in source.layers if name not in known]
     if fresh or unused:
         _say(fresh, unused, known, partial)
@@ -142,10 +144,12 @@ class _Saved:
 def _read(saved: Mapping[str, Any]) -> _Saved:
     check_version(saved, {"step", "precision"}, "precision state", "init()")
     layers = from_bytes(saved["layers"])
-    layout = Layout(tuple(Layer(*map(_tuples, layer.values()), "", "", None) for layer in layers))
+    layout = Layout(tuple(Layer(*map(as_tuples, layer.values()), "", "", None) for layer in layers))
     fields = saved.get("precision", {}) if layers else {}
     if layers and set(fields) != set(TensorPrecision._fields):
-        raise ValueError(f"the saved state is damaged: its precision has the fields {', '.join(sorted(fields))}")
+        raise ValueError(
+            f"the saved state is damaged: its precision has the fields {', '.join(sorted(fields))}"
+        )
     arrays = {field: np.asarray(value) for field, value in fields.items()}
     count = len(layout.candidates())
     for field, value in arrays.items():
@@ -156,9 +160,14 @@ def _read(saved: Mapping[str, Any]) -> _Saved:
 
 
 def check_version(saved: Any, older: set[str], what: str, instead: str) -> None:
-    """Raises unless `saved` is of this format; `older` are keys by which an unversioned one is known."""
+    """Raises unless `saved` is of a format that this version reads.
+
+    `older` are keys by which a `what` without a version is known, `instead` is what to use then.
+    """
     if isinstance(saved, AptState):
-        raise TypeError("saved must be what to_state_dict returned, got an AptState, which needs no restoring")
+        raise TypeError(
+            "saved must be what to_state_dict returned, got an AptState, which needs no restoring"
+        )
     if not isinstance(saved, Mapping):
         raise TypeError(f"saved must be a dictionary, as to_state_dict makes it; got {type(saved).__name__}")
     if "format_version" not in saved:
@@ -223,5 +232,6 @@ def from_bytes(array: Any) -> Any:
         raise ValueError(f"the saved state is damaged: its layers are no JSON ({error})") from None
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """Lists of lists as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value

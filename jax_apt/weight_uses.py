@@ -52,6 +52,22 @@ def find_uses(plan: Plan, count: int, layers: dict[str, Layer]) -> list[Uses]:
     return walk.uses
 
 
+def forward_layers(plan: Plan) -> set[str]:
+    """Names of the layers whose products run in the forward pass."""
+    names = set()
+    for i, node in plan.nodes.items():
+        if isinstance(node, QuantizedProduct):
+            names.add(node.layer)
+        elif isinstance(node, Nested):
+            names |= set().union(*map(forward_layers, forward_bodies(plan.jaxpr.jaxpr.eqns[i], node)))
+    return names
+
+
+def forward_bodies(eqn: JaxprEqn, node: Nested) -> tuple[Plan, ...]:
+    """The bodies of an equation that run in the forward pass; of a custom rule that is the first alone."""
+    return node.bodies[:1] if versions.name(eqn) in versions.CUSTOM_RULE else node.bodies
+
+
 def moves_codes(eqn: JaxprEqn) -> bool:
     """Whether the equation only moves or casts the elements of its first operand."""
     if eqn.primitive.name == "convert_element_type":
@@ -143,8 +159,7 @@ class _Walk:
             f"carried by the {name} at {line}",
         )
         inputs = [t if is_taken else None for t, is_taken in zip(inputs, takes, strict=True)]
-        bodies = node.bodies[:1] if name in versions.CUSTOM_RULE else node.bodies
-        for body, entering in zip(bodies, _entering(eqn, node, inputs), strict=True):
+        for body, entering in zip(forward_bodies(eqn, node), _entering(eqn, node, inputs), strict=True):
             self.need_float(self.body(body, entering), f"a result of the {name} at {line}")
 
     def need_float(self, trails: Sequence[_Trail | None], reason: str) -> None:
