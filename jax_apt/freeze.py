@@ -5,7 +5,6 @@ its way to a product (transposes, slices, casts) is done to the codes, so the re
 `apply` bit for bit.
 """
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +27,7 @@ from jax_apt.frozen import (
     frozen_leaves,
     is_array,
     is_frozen,
+    leaf_name,
 )
 from jax_apt.ops import Site, forward_product, frozen_product
 from jax_apt.plan import Nested, Plan, QuantizedProduct
@@ -75,11 +75,11 @@ def freeze(q: AptFunction, variables: Any, state: AptState, *args, **kwargs) -> 
     uses = find_uses(traced.plan, sum(is_array(leaf) for _, leaf in leaves), layers)
     remaining, new_leaves, weights = iter(uses), [], []
     for path, leaf in leaves:
+        new = leaf
         if is_array(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/") or "variables"
-            leaf, weight = _freeze_leaf(name, leaf, next(remaining), state)
+            new, weight = _freeze_leaf(leaf_name(path), leaf, next(remaining), state)
             weights.append(weight)
-        new_leaves.append(leaf)
+        new_leaves.append(new)
     table, forward = formats(replace(state, taps=None)), forward_layers(traced.plan)
     frozen = tuple(_frozen_layer(layer, state, layer.name in forward) for layer in layers.values())
     return Frozen(

@@ -1,4 +1,4 @@
-"""What `freeze` makes: integer weights with exponents in the parameters' structure, and the formats to run on.
+"""What `freeze` makes: integer weights with exponents in the parameters' structure, and operands' formats.
 
 parameter that only products use, all in one format    `Fixed`: codes, bits, exponent
 parameter with several formats, or with other uses     `SharedWeight`: a `Fixed` per format, and its value
@@ -78,6 +78,11 @@ def is_frozen(leaf) -> bool:
 
 def is_array(leaf) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def leaf_name(path) -> str:
+    """A parameter's path as text: "params/Dense_0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "variables"
 
 
 def frozen_leaves(variables: Any) -> tuple[list, Any]:

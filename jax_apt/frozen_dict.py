@@ -24,6 +24,7 @@ from jax_apt.frozen import (
     frozen_leaves,
     is_array,
     is_frozen,
+    leaf_name,
 )
 from jax_apt.state_dict import FORMAT_VERSION, as_bytes, as_tuples, check_version, from_bytes
 

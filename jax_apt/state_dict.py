@@ -113,7 +113,7 @@ def _say(fresh: dict[str, str], unused: list[str], known, partial: bool) -> None
     if not partial or (known and len(fresh) == len(known)):
         raise ValueError(
             f"the saved precision state belongs to another function or other rules. {text}. "
-            "Layers that were renamed: rename={'old': 'new'}; to start layers that differ afresh: partial=True"
+            "Layers that were renamed: rename={'old': 'new'}; to start those that differ afresh: partial=True"
             + (" (but here no layer is the same)" if partial else "")
         )
     warnings.warn(f"not everything was restored. {text}", stacklevel=3)
@@ -180,7 +180,8 @@ def check_version(saved: Any, older: set[str], what: str, instead: str) -> None:
     version = int(np.asarray(saved["format_version"]))
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"the saved {what} has format {version}, this jax_apt reads up to {FORMAT_VERSION}; update jax_apt"
+            f"the saved {what} has format {version}, and this jax_apt reads formats up to {FORMAT_VERSION}: "
+            "update jax_apt"
         )
     if version < 1:
         raise ValueError(f"the saved {what} is damaged: its format_version is {version}")

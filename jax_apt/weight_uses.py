@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
 from jax_apt import _jax_versions as versions
