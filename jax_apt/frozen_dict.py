@@ -68,9 +68,7 @@ def frozen_from_state_dict(variables: Any, saved: Mapping[str, Any]) -> Frozen:
     check_version(saved, {"weights", "formats"}, "frozen model", "freeze()")
     layout = layout_from_json(from_bytes(saved["layout"]))
     paths, tree = jax.tree_util.tree_flatten_with_path(variables)
-    names = [
-        jax.tree_util.keystr(p, simple=True, separator="/") or "variables" for p, x in paths if is_array(x)
-    ]
+    names = [leaf_name(path) for path, leaf in paths if is_array(leaf)]
     known = [weight.path for weight in layout.weights]
     if names != known:
         difference = sorted(set(names) ^ set(known)) or names
