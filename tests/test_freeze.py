@@ -110,7 +110,7 @@ def test_forward_equals_training_bit_for_bit(backend):
 
 
 def weights_quantized(fn, *args):
-    """How many tensors of the program are quantized that are no activation: all but those of rank 2, (3, 4)."""
+    """How many tensors are quantized in the program that are no activation, as their shapes tell."""
     shapes = []
 
     def walk(program):
