@@ -7,7 +7,7 @@ its way to a product (transposes, slices, casts) is done to the codes, so the re
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jax_apt.frozen import (
 )
 from jax_apt.ops import Site, forward_product, frozen_product
 from jax_apt.plan import Nested, Plan, QuantizedProduct
-from jax_apt.products import Operand
+from jax_apt.products import Operand, Program, Programs, trace_forward
 from jax_apt.state import AptState, Layer, check_same_layers, check_state, formats
 from jax_apt.transform import NOTHING_LATER, AptFunction, Later, Sites, _Replayer, _trace
 from jax_apt.weight_uses import (
@@ -236,6 +236,12 @@ def _replayer(q: AptFunction, frozen: FrozenLayout, layers: tuple[Layer, ...]) -
     )
 
 
+class _Forward(NamedTuple):
+    """`Programs` of which nothing but the forward one is asked for."""
+
+    forward: Program
+
+
 @dataclass(frozen=True)
 class _FrozenReplayer(_Replayer):
     """Runs a plan forward; an argument may be a `_Weight`."""
@@ -273,13 +279,28 @@ class _FrozenReplayer(_Replayer):
             varying = versions.varying_axes(x) | versions.varying_axes(w)
             x, w = versions.as_varying(x, varying), versions.as_varying(w, varying)
             axes = tuple(a for a in axes if a in varying)
-        site = self._site(eqn, node, axes)._replace(is_settled=node.layer in self.settled)
+        site = self._site(eqn, node, axes)
         with jax.named_scope(f"apt/{node.layer}"):
             if codes is None:
                 out = forward_product(site, *((w, x) if node.is_weight_lhs else (x, w)), formats)
             else:
                 out = frozen_product(site, x, _operand(w, formats[1], site), formats)
         return out.astype(versions.aval(eqn.outvars[0]).dtype)
+
+    def _site(self, eqn: JaxprEqn, node: QuantizedProduct, axes: tuple[str, ...] = ()) -> Site:
+        """The forward product alone. Its gradients' depths may be unknown sizes, when a program is exported."""
+        layer = self.layers[node.layer]
+        program = trace_forward(eqn, *(versions.aval(v).shape for v in eqn.invars))
+        return Site(
+            programs=cast(Programs, _Forward(program)),
+            is_weight_lhs=node.is_weight_lhs,
+            widths=self.widths[node.layer],
+            backend=layer.backend,
+            config=self.config,
+            gemms=layer.gemms,
+            mesh_axes=axes,
+            is_settled=node.layer in self.settled,
+        )
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         takes = takes_codes(eqn)

@@ -1,4 +1,4 @@
-"""A remat that keeps the codes: floats are computed again from them, nothing is quantized or measured twice."""
+"""A remat that keeps the codes: floats are computed again from them, and nothing is quantized twice."""
 
 from collections import Counter
 

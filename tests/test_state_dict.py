@@ -118,8 +118,8 @@ def test_added_layers_start_afresh_and_nothing_is_dropped_in_silence():
     target = initial_state(Layout((layer("a"), wide, layer("head", (4, 5)))))
     old = saved(layer("a"), layer("gone"), layer("head"))
     everything = (
-        r"\. wide: not in the saved state; head: weight_shape is \[4, 5\] in the function and \[3, 4\] in the saved "
-        r"state; gone: saved, but no layer of the function"
+        r"\. wide: not in the saved state; head: weight_shape is \[4, 5\] in the function and \[3, 4\] in the "
+        r"saved state; gone: saved, but no layer of the function"
     )
     with pytest.raises(ValueError, match="other rules" + everything + r".*rename=.*partial=True"):
         apt.from_state_dict(target, old)
