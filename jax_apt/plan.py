@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from jax_apt import _jax_versions as versions
-from jax_apt import xla_ops
+from jax_apt import max_pool, xla_ops
 from jax_apt.config import Rule, candidates
 from jax_apt.products import PRODUCTS
 from jax_apt.ragged import ragged_program
-from jax_apt.state import Layer, Layout, LeftInFloat
+from jax_apt.state import Layer, Layout, LeftInFloat, Replaced
 
 _WEIGHT_LEAVES = ("kernel", "weight", "w", "embedding")
 _DEFAULT_RULE = Rule()
@@ -53,8 +53,12 @@ class QuantizedProduct(NamedTuple):
     is_weight_lhs: bool
 
 
+class MaxPool(NamedTuple):
+    """Max pooling whose gradient is a custom call."""
+
+
 class Nested(NamedTuple):
-    """An equation with bodies in which products are quantized."""
+    """An equation with bodies in which products are quantized, or max pooling replaced."""
 
     bodies: tuple["Plan", ...]  # of a custom rule: the function, then its gradient
     is_over_layers: bool = False  # a scan whose slices have a precision each
@@ -65,7 +69,7 @@ class Plan:
     """A jaxpr and what happens to its equations; those not listed run as they are."""
 
     jaxpr: ClosedJaxpr
-    nodes: dict[int, QuantizedProduct | Nested]
+    nodes: dict[int, "Node"]
 
     def layers(self) -> tuple[str, ...]:
         """Names of the layers in this jaxpr and its bodies, each once."""
@@ -73,13 +77,16 @@ class Plan:
         for node in self.nodes.values():
             if isinstance(node, QuantizedProduct):
                 names[node.layer] = None
-            else:
+            elif isinstance(node, Nested):
                 names |= dict.fromkeys(name for body in node.bodies for name in body.layers())
         return tuple(names)
 
 
+Node = QuantizedProduct | MaxPool | Nested
+
+
 def make_plan(
-    jaxpr: ClosedJaxpr, labels: Sequence[Label], rules: Sequence[Rule], backend: str
+    jaxpr: ClosedJaxpr, labels: Sequence[Label], rules: Sequence[Rule], backend: str, replace_slow: bool
 ) -> tuple[Plan, Layout]:
     """Plans the replay of a traced function.
 
@@ -88,12 +95,14 @@ def make_plan(
       labels: for each of its inputs, the parameter that it is, or None for data.
       rules: first match wins; layers that none hits get the default rule.
       backend: default backend.
+      replace_slow: whether custom calls take the place of slow float32 operations, where they can run.
 
     Raises:
       NotImplementedError: a primitive hides a product that cannot be reached.
       TypeError: a product's dtypes cannot be quantized.
     """
-    planner = _Planner(tuple(rules), backend)
+    has_kernels = backend in ("auto", "native") and not _native_obstacle()
+    planner = _Planner(tuple(rules), backend, replace_slow and has_kernels)
     plan, _ = planner.walk(jaxpr, list(labels), stack=(), scope="")
     return plan, planner.layout()
 
@@ -128,6 +137,14 @@ def has_product(jaxpr: ClosedJaxpr) -> bool:
     )
 
 
+def has_max_pool(jaxpr: ClosedJaxpr) -> bool:
+    return any(
+        (eqn.primitive.name == max_pool.PRIMITIVE and max_pool.has_native_gradient(eqn))
+        or (versions.name(eqn) in _PASSED_THROUGH and any(map(has_max_pool, versions.sub_jaxprs(eqn))))
+        for eqn in jaxpr.jaxpr.eqns
+    )
+
+
 # Walk
 
 
@@ -135,13 +152,15 @@ def has_product(jaxpr: ClosedJaxpr) -> bool:
 class _Planner:
     rules: tuple[Rule, ...]
     backend: str
+    replaces: bool
     found: dict[str, Layer] = field(default_factory=dict)
     left: dict[str, LeftInFloat] = field(default_factory=dict)
+    replaced: list[Replaced] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
 
     def layout(self) -> Layout:
         unused = tuple(str(r) for i, r in enumerate(self.rules) if i not in self.used)
-        return Layout(tuple(self.found.values()), tuple(self.left.values()), unused)
+        return Layout(tuple(self.found.values()), tuple(self.left.values()), unused, tuple(self.replaced))
 
     def walk(
         self, jaxpr: ClosedJaxpr, labels: list[Label], stack: tuple[int, ...], scope: str
@@ -153,7 +172,7 @@ class _Planner:
         def label_of(var) -> Label:
             return _CONSTANT if isinstance(var, Literal) else known[var]
 
-        nodes: dict[int, QuantizedProduct | Nested] = {}
+        nodes: dict[int, Node] = {}
         for i, eqn in enumerate(jaxpr.jaxpr.eqns):
             inputs = [label_of(v) for v in eqn.invars]
             node, outputs = self._visit(eqn, inputs, stack, _join_scope(scope, versions.scope(eqn)))
@@ -174,9 +193,19 @@ class _Planner:
         if name in versions.OPAQUE:
             self._leave(scope or name, eqn, "not a JAX program: whatever it computes stays as it is")
             return None, outputs
-        if name in versions.RAGGED or any(map(has_product, versions.sub_jaxprs(eqn))):
+        if name == max_pool.PRIMITIVE and self.replaces and max_pool.has_native_gradient(eqn):
+            self.replaced.append(
+                Replaced(scope or name, name, f"gradient by a custom call ({xla_ops.isa()})")
+            )
+            return MaxPool(), outputs
+        if name in versions.RAGGED or any(map(self._is_replayed(name), versions.sub_jaxprs(eqn))):
             return _BODIES.get(name, _Planner._unreachable)(self, eqn, inputs, stack, scope)
         return None, outputs
+
+    def _is_replayed(self, name: str) -> Callable[[ClosedJaxpr], bool]:
+        if self.replaces and name in _PASSED_THROUGH:
+            return lambda body: has_product(body) or has_max_pool(body)
+        return has_product
 
     def _unreachable(self, eqn, inputs, stack, scope):
         """A primitive whose body cannot be replayed: left in float if a rule says so, else an error."""
@@ -299,6 +328,8 @@ class _Planner:
         name = next(n for n in _numbered(name) if n not in self.left)
         self.left[name] = LeftInFloat(name, versions.name(eqn), reason)
 
+
+_PASSED_THROUGH = ("scan", "cond", *versions.JIT, *versions.REMAT, *versions.CALL, "shard_map")
 
 _BODIES = {
     "scan": _Planner._scan,

@@ -1,4 +1,4 @@
-"""What runs where and with how many bits: each layer once, what was left in float, and unused rules."""
+"""What runs where and with how many bits: each layer once, what was left in float or replaced."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,7 @@ class Report:
             ],
             "left_in_float": [left._asdict() for left in self.layout.left_in_float],
             "unused_rules": list(self.layout.unused_rules),
+            "replaced": [replaced._asdict() for replaced in self.layout.replaced],
         }
 
     def __str__(self) -> str:
@@ -67,6 +68,7 @@ class Report:
             f"{x.name}: gradients rounded at random" for x in self.layout.layers if x.rounding != "nearest"
         ]
         lines += [f"left in float: {x.name} ({x.primitive}): {x.reason}" for x in self.layout.left_in_float]
+        lines += [f"replaced: {x.name} ({x.primitive}): {x.by}" for x in self.layout.replaced]
         lines += [f"rule {rule!r} hit no layer" for rule in self.layout.unused_rules]
         lines += [
             f"{name}: {r.nonfinite} NaN or infinite values in {t}"

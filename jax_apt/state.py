@@ -56,6 +56,14 @@ class LeftInFloat(NamedTuple):
     reason: str
 
 
+class Replaced(NamedTuple):
+    """A float32 operation that XLA runs slowly here, with an exact custom call in its place."""
+
+    name: str
+    primitive: str
+    by: str
+
+
 @dataclass(frozen=True)
 class Layout:
     """The static half of a state: what its arrays mean."""
@@ -63,6 +71,7 @@ class Layout:
     layers: tuple[Layer, ...]
     left_in_float: tuple[LeftInFloat, ...] = ()
     unused_rules: tuple[str, ...] = ()
+    replaced: tuple[Replaced, ...] = ()
 
     def rows(self) -> Iterator[tuple[Layer, slice]]:
         """Each layer with its rows in the state's arrays: `stack` times three tensors."""

@@ -19,8 +19,10 @@ from jax.sharding import PartitionSpec
 
 from jax_apt import _jax_versions as versions
 from jax_apt.config import Backend, Config, Rule, check_backend
+from jax_apt.max_pool import max_pool
 from jax_apt.ops import Site, quantized_product
 from jax_apt.plan import (
+    MaxPool,
     Nested,
     Plan,
     QuantizedProduct,
@@ -52,6 +54,7 @@ def apt_quantize(
     *,
     config: Config | None = None,
     backend: Backend = "auto",
+    replace_slow: bool = True,
 ) -> "AptFunction":
     """Wraps an apply function so that its products train in adaptive fixed point.
 
@@ -62,6 +65,8 @@ def apt_quantize(
       rules: pick layers by name, first match wins; layers that no rule hits get `Rule()`.
       config: constants of the method; `Config()` if None. Set `steps_per_epoch`.
       backend: "auto" takes "native" where it can run, else "xla"; or one of "native", "xla", "emulate".
+      replace_slow: whether exact custom calls may take the place of float32 operations that XLA runs slowly
+        on a CPU (max pooling's gradient), where "native" runs. Values are the same, bit for bit.
 
     Returns:
       The quantized function, with `init`, `apply`, `update` and `report`.
@@ -83,7 +88,7 @@ def apt_quantize(
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {config!r}")
     check_backend(backend)
-    return AptFunction(fn, tuple(rules), config or Config(), backend)
+    return AptFunction(fn, tuple(rules), config or Config(), backend, replace_slow)
 
 
 def _check_rules(rules) -> None:
@@ -104,6 +109,7 @@ class AptFunction:
     rules: tuple[Rule, ...]
     config: Config
     backend: str
+    replace_slow: bool = True
 
     def init(self, variables: Any, *args, **kwargs) -> AptState:
         """The precision state before the first step, for arguments of these shapes.
@@ -219,7 +225,7 @@ def _trace(q: AptFunction, variables, args, kwargs) -> _Traced:
     arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
     labels = [label for a, label in zip(is_array, labels, strict=True) if a]
     jaxpr, out_shape = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
-    plan, layout = make_plan(jaxpr, labels, q.rules, q.backend)
+    plan, layout = make_plan(jaxpr, labels, q.rules, q.backend, q.replace_slow)
     return _Traced(plan, layout, arrays, jax.tree.structure(out_shape))
 
 
@@ -277,6 +283,8 @@ class _Replayer:
             node = plan.nodes.get(i)
             if node is None:
                 out = versions.bind(eqn, inputs)
+            elif isinstance(node, MaxPool):
+                out = [max_pool(eqn, *inputs)]
             elif isinstance(node, QuantizedProduct):
                 out = [self._product(eqn, node, inputs, sites)]
             else:

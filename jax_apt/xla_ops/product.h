@@ -76,12 +76,25 @@ struct Plan;
 using QuantizeFn = int64_t (*)(const float* x, int64_t count, int bits, int exponent, uint8_t* planes,
                                int64_t stride);
 
+constexpr int kMaxPoolTaps = 1024;  // of a window
+
+// Max pooling: x (..., *in, inner), y (..., *out, inner):
+//   y[p, i] = max over taps t of x[p * stride + t - pad, i]
+struct Pool {
+  int64_t in[kSpace], out[kSpace], window[kSpace], stride[kSpace], pad[kSpace], inner;
+};
+
+// Its gradient for one image, `inner` neighbours from `start` on.
+using MaxPoolGradientFn = void (*)(const Pool&, const float* x, const float* dy, float* dx, int64_t start,
+                                   int64_t inner);
+
 // What an ISA unit offers.
 struct Kernels {
   const char* name;
   KernelShape shape;
   void (*run)(const Plan&, const Product&, uint8_t* scratch, Parallel&);
   QuantizeFn quantize;
+  MaxPoolGradientFn max_pool_gradient;
 };
 
 extern const Kernels kScalarKernels;

@@ -89,6 +89,6 @@ struct AmxKernel {
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx", ShapeOf<AmxKernel>(), RunProduct<AmxKernel>, Quantize};
+const Kernels kAmxKernels = KernelsOf<AmxKernel>("amx");
 
 }  // namespace jax_apt

@@ -80,6 +80,6 @@ struct Avx2Kernel {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", ShapeOf<Avx2Kernel>(), RunProduct<Avx2Kernel>, Quantize};
+const Kernels kAvx2Kernels = KernelsOf<Avx2Kernel>("avx2");
 
 }  // namespace jax_apt

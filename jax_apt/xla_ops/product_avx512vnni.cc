@@ -15,7 +15,6 @@ using Avx512VnniKernel = VnniKernel<Vector512, 12>;
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", ShapeOf<Avx512VnniKernel>(), RunProduct<Avx512VnniKernel>,
-                                    Quantize};
+const Kernels kAvx512VnniKernels = KernelsOf<Avx512VnniKernel>("avx512vnni");
 
 }  // namespace jax_apt

@@ -28,6 +28,6 @@ using AvxVnniKernel = VnniKernel<Vector256, 6>;
 
 }  // namespace
 
-const Kernels kAvxVnniKernels = {"avxvnni", ShapeOf<AvxVnniKernel>(), RunProduct<AvxVnniKernel>, Quantize};
+const Kernels kAvxVnniKernels = KernelsOf<AvxVnniKernel>("avxvnni");
 
 }  // namespace jax_apt

@@ -444,16 +444,12 @@ class Driver {
 };
 
 #include "depthwise_loops.h"
+#include "pool_loops.h"
 
 template <class K>
 void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
   if (plan.is_depthwise) return RunDepthwise(plan, product, scratch, parallel);
   Driver<K>(plan, product, scratch).Run(parallel);
-}
-
-template <class K>
-constexpr KernelShape ShapeOf() {
-  return {K::kMr, K::kNr, K::kRowUnit, K::kDepthUnit, sizeof(typename K::Lhs), K::kKc};
 }
 
 // ---- Quantization ----------------------------------------------------------------------------------------
@@ -494,4 +490,13 @@ int64_t Quantize(const float* x, int64_t count, int bits, int exponent, uint8_t*
     case 2: return QuantizeInto<2>(x, count, bits, exponent, planes, stride);
     default: return QuantizeInto<3>(x, count, bits, exponent, planes, stride);
   }
+}
+
+// ---- What the unit offers --------------------------------------------------------------------------------
+
+template <class K>
+constexpr Kernels KernelsOf(const char* name) {
+  constexpr KernelShape kShape = {K::kMr, K::kNr, K::kRowUnit, K::kDepthUnit, sizeof(typename K::Lhs),
+                                  K::kKc};
+  return {name, kShape, RunProduct<K>, Quantize, MaxPoolGradient};
 }

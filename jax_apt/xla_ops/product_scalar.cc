@@ -36,6 +36,6 @@ struct ScalarKernel {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", ShapeOf<ScalarKernel>(), RunProduct<ScalarKernel>, Quantize};
+const Kernels kScalarKernels = KernelsOf<ScalarKernel>("scalar");
 
 }  // namespace jax_apt

@@ -126,6 +126,76 @@ ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
   return ffi::Error::Success();
 }
 
+// ---- Max pooling's gradient
+
+constexpr int64_t kPoolSize = 5 * kSpace + 1;  // numbers of a `Pool`
+constexpr int64_t kPoolValues = 1 << 14;       // of x, that a task should have
+
+int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
+
+Pool ReadPool(const int64_t* numbers) {
+  Pool pool;
+  for (int64_t* field : {pool.in, pool.out, pool.window, pool.stride, pool.pad})
+    for (int d = 0; d < kSpace; ++d) field[d] = *numbers++;
+  pool.inner = *numbers;
+  return pool;
+}
+
+struct PoolTasks {
+  const Kernels& kernels;
+  const Pool& pool;
+  const float *x, *dy;
+  float* dx;
+  int64_t outer;         // with the batch
+  int64_t images;        // of a task
+  int64_t inner, parts;  // neighbours of a task, and tasks that share an image
+
+  static void Run(void* context, int64_t task, int) {
+    const auto& self = *static_cast<const PoolTasks*>(context);
+    const Pool& pool = self.pool;
+    const int64_t first = task / self.parts * self.images, start = task % self.parts * self.inner;
+    for (int64_t n = first; n < std::min(self.outer, first + self.images); ++n) {
+      const int64_t x = n * Volume(pool.in) * pool.inner, y = n * Volume(pool.out) * pool.inner;
+      self.kernels.max_pool_gradient(pool, self.x + x, self.dy + y, self.dx + x, start,
+                                     std::min(self.inner, pool.inner - start));
+    }
+  }
+};
+
+ffi::Error MaxPoolGradientImpl(ffi::ThreadPool pool_of_threads, ffi::Buffer<ffi::F32> x,
+                               ffi::Buffer<ffi::F32> dy, ffi::ResultBuffer<ffi::F32> dx,
+                               ffi::Span<const int64_t> geometry, std::string_view isa) {
+  const Kernels* kernels;
+  if (auto error = FindIsa("max_pool_gradient", isa, &kernels); error.failure()) return error;
+  if (static_cast<int64_t>(geometry.size()) != kPoolSize)
+    return Invalid("max_pool_gradient: the geometry has the wrong length");
+  const Pool pool = ReadPool(geometry.begin());
+  if (Volume(pool.window) > kMaxPoolTaps || Volume(pool.in) > INT32_MAX)
+    return Invalid("max_pool_gradient: the window or the image is too large");
+  const auto size = static_cast<int64_t>(x.element_count());
+  if (size == 0) return ffi::Error::Success();
+  const int64_t image = Volume(pool.in) * pool.inner, outer = size / image;
+  if (outer * image != size ||
+      outer * Volume(pool.out) * pool.inner != static_cast<int64_t>(dy.element_count()))
+    return Invalid("max_pool_gradient: the buffers do not have the sizes of the geometry");
+  // Whole images for each thread if there are enough; else they are shared along the inner dimension.
+  const int64_t images = std::max<int64_t>(1, kPoolValues / image);
+  const bool is_split = outer < 2 * static_cast<int64_t>(pool_of_threads.num_threads());
+  const int64_t inner = is_split ? std::min<int64_t>(pool.inner, 64) : pool.inner;
+  PoolTasks tasks{*kernels,
+                  pool,
+                  x.typed_data(),
+                  dy.typed_data(),
+                  dx->typed_data(),
+                  outer,
+                  images,
+                  inner,
+                  (pool.inner + inner - 1) / inner};
+  MakeTeam(pool_of_threads, size <= kPoolValues)
+      .Run((outer + images - 1) / images * tasks.parts, PoolTasks::Run, &tasks);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jax_apt
 
@@ -149,6 +219,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_quantize, jax_apt::QuantizeImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()  // formats (batch, 2)
                                   .Ret<ffi::Buffer<ffi::U8>>()   // planes (batch, limbs, ...)
                                   .Ret<ffi::Buffer<ffi::F32>>()  // values that were not finite (batch)
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_max_pool_gradient, jax_apt::MaxPoolGradientImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // x (batch, outer, in, inner)
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // dy (batch, outer, out, inner)
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // dx, as x
+                                  .Attr<ffi::Span<const int64_t>>("geometry")
                                   .Attr<std::string_view>("isa"));
 
 #pragma GCC visibility pop
