@@ -1,8 +1,8 @@
 """Models that were written without knowledge of this library run under `apt_quantize` as they are.
 
     python benchmarks/foreign_models_run_unmodified.py                # those that are installed
-    python benchmarks/foreign_models_run_unmodified.py --only haiku   # prints, saves nothing
-    python benchmarks/foreign_models_run_unmodified.py --docs         # only writes the page's table anew
+    python benchmarks/foreign_models_run_unmodified.py --only haiku   # these rows anew, the others as they were
+    python benchmarks/foreign_models_run_unmodified.py --only ''       # only the page's table, from the file
 
 Every tensor of every layer may take 8, 16 or 24 bits, and one compiled training step runs three times: from
 8 bits with the widths that the data ask for, from 16 bits, and from 24. At 24 bits the gradient must be
@@ -14,10 +14,10 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import re
 import sys
-import time
 import traceback
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from harness import results
 from harness.foreign_models import CASES, Case, Model
-from harness.machine import describe
+from harness.machine import cpu_key, describe
 
 import jax_apt as apt
 
@@ -70,6 +70,7 @@ def measure(case: Case) -> dict[str, Any]:
         "model": case.name,
         "package": case.package,
         "version": importlib.metadata.version(case.package),
+        "jax": jax.__version__,
         "found": len(layout.layers) + len(layout.left_in_float),
         "quantized": len(layout.layers),
         "left": sorted({left.reason for left in layout.left_in_float}),
@@ -130,45 +131,47 @@ def _error(gradients, expected) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", help="package or model that contains this text; saves nothing")
-    parser.add_argument("--docs", action="store_true", help="only write the page's table from the file")
+    parser.add_argument("--only", help="packages and models whose name holds one of these", nargs="*")
     options = parser.parse_args()
-    failures: list[str] = []
-    if not options.docs:
-        rows, failures = _rows(options.only)
-        print(table(rows))
-        if not options.only:
-            _save(rows)
-    if not options.only:
-        PAGE.write_text(with_table(PAGE.read_text(), newest()))
+    failures = []
+    for case in CASES:
+        if options.only is None or any(
+            text and text in f"{case.package} {case.name}" for text in options.only
+        ):
+            failures += _run(case)
+    document = newest()
+    PAGE.write_text(with_table(PAGE.read_text(), document))
+    print(table(document["rows"]))
     print("\n".join(failures) or "every model runs as it should", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _rows(only: str) -> tuple[list[dict[str, Any]], list[str]]:
-    rows, failures = [], []
-    for case in CASES:
-        if only not in case.package and only not in case.name:
-            continue
-        started = time.monotonic()
-        try:
-            rows.append(measure(case))
-            failures += misses(rows[-1])
-        except ModuleNotFoundError as error:
-            print(f"{case.package} {case.name}: not installed ({error})", file=sys.stderr)
-        except Exception as error:
-            traceback.print_exc()
-            failures.append(f"{case.package} {case.name}: {type(error).__name__}")
-        print(f"{case.package} {case.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    return rows, failures
+def _run(case: Case) -> list[str]:
+    """Measures and saves one row; what is wrong with it."""
+    name = f"{case.package} {case.name}"
+    try:
+        row = measure(case)
+    except ModuleNotFoundError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return []
+    except Exception as error:
+        traceback.print_exc()
+        return [f"{name}: {type(error).__name__}"]
+    print(table([row]).splitlines()[-1], file=sys.stderr)
+    _save(row)
+    return misses(row)
 
 
-def _save(rows: list[dict[str, Any]]) -> None:
+def _save(row: dict[str, Any]) -> None:
+    """Puts the row into this processor's file, in the place of an older one of the same model."""
+    path = results.FOLDER / cpu_key() / f"{BENCHMARK}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    by_model = {(r["package"], r["model"]): r for r in [*rows, row]}
     document = {
         "benchmark": BENCHMARK,
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": describe(threads=1),
-        "rows": rows,
+        "machine": describe(threads=os.cpu_count() or 1),
+        "rows": [by_model[c.package, c.name] for c in CASES if (c.package, c.name) in by_model],
     }
     results.save(BENCHMARK, document)
 
@@ -192,10 +195,9 @@ def with_table(page: str, document: dict[str, Any]) -> str:
 
 
 def quote(document: dict[str, Any]) -> str:
-    """The table with the versions that it was made with."""
-    versions = document["machine"]["versions"]
-    isa, python = document["machine"]["isa"], document["machine"]["python"]
-    return f"{table(document['rows'])}\n\njax {versions['jax']}, Python {python}, {isa}."
+    """The table and what it was made with."""
+    versions = sorted({row["jax"] for row in document["rows"]})
+    return f"{table(document['rows'])}\n\nMade with jax {', '.join(versions)} and backend `auto`."
 
 
 def table(rows: list[dict[str, Any]]) -> str:

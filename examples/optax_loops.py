@@ -34,7 +34,11 @@ def initial_parameters(key):
 
 def optimizer() -> optax.GradientTransformation:
     """The whole gradient is clipped; the head learns by momentum, its bias not at all, all else by Adam."""
-    groups = {"adam": optax.adam(2e-3), "momentum": optax.sgd(0.05, momentum=0.9), "fixed": optax.set_to_zero()}
+    groups = {
+        "adam": optax.adam(2e-3),
+        "momentum": optax.sgd(0.05, momentum=0.9),
+        "fixed": optax.set_to_zero(),
+    }
     head = {"w": "momentum", "b": "fixed"}
     labels = {"first": "adam", "second": "adam", "head": head}
     return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(groups, labels))

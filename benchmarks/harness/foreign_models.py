@@ -426,16 +426,15 @@ def equimo_vit() -> Model:
     return _equinox(module, lambda module, x: jax.vmap(module)(x), _normal(1, 2, 3, 16, 16))
 
 
-@_case("inox", "nn.MultiheadAttention and S4")
+@_case("inox", "nn.MultiheadAttention between two Linear")
 def inox_attention() -> Model:
-    import inox
     import inox.nn as nn
 
-    keys = jax.random.split(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 3)
     module = nn.Sequential(
-        nn.LSTM(16, 16, key=keys[0]) if hasattr(nn, "LSTM") else nn.Linear(16, 16, key=keys[0]),
-        nn.Linear(16, 8, key=keys[1]),
+        nn.Linear(16, 16, key=keys[0]),
+        nn.MultiheadAttention(16, heads=4, causal=True, key=keys[1]),
+        nn.Linear(16, 8, key=keys[2]),
     )
     static, parameters, others = module.partition(nn.Parameter)
-    del inox
-    return Model(lambda p, x: static(p, others)(x), parameters, (_normal(1, 2, 8, 16),))
+    return Model(lambda p, others, x: static(p, others)(x), parameters, (others, _normal(1, 2, 8, 16)))
