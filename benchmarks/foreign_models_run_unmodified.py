@@ -1,7 +1,7 @@
 """Models that were written without knowledge of this library run under `apt_quantize` as they are.
 
     python benchmarks/foreign_models_run_unmodified.py                # those that are installed
-    python benchmarks/foreign_models_run_unmodified.py --only haiku   # these rows anew, the others as they were
+    python benchmarks/foreign_models_run_unmodified.py --only haiku   # these rows anew, others kept
     python benchmarks/foreign_models_run_unmodified.py --only ''       # only the page's table, from the file
 
 Every tensor of every layer may take 8, 16 or 24 bits, and one compiled training step runs three times: from

@@ -1,4 +1,4 @@
-"""Optax loops: clipping, one optimizer per group of parameters, gradient accumulation, and an average of weights.
+"""Optax loops: clipping, an optimizer per group of parameters, gradient accumulation, an average of weights.
 
     python examples/optax_loops.py --steps 200 --accumulate multisteps      # one microbatch a step
     python examples/optax_loops.py --steps 200 --accumulate taps            # all microbatches in one step

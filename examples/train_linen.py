@@ -1,4 +1,4 @@
-"""Flax Linen on handwritten digits: BatchNorm, dropout, layers in a scan, each recomputed in the backward pass.
+"""Flax Linen on handwritten digits: BatchNorm, dropout, layers in a scan that are recomputed backwards.
 
 python examples/train_linen.py --steps 200
 """

@@ -1,4 +1,4 @@
-"""Flax NNX on handwritten digits, in graph mode or tree mode: BatchNorm's statistics and dropout's keys included.
+"""Flax NNX on handwritten digits, in graph or tree mode, with BatchNorm's statistics and dropout's keys.
 
 python examples/train_nnx.py --steps 200 [--tree]
 """

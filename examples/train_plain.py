@@ -1,4 +1,4 @@
-"""No framework on handwritten digits: a recurrent network over the rows of an image, parameters in a dictionary.
+"""No framework on handwritten digits: a recurrent network over the rows, parameters in a dictionary.
 
 python examples/train_plain.py --steps 200
 """

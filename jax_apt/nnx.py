@@ -148,7 +148,8 @@ def _quantized_modules(model) -> list[Quantized]:
     found = [module for _, module in nnx.iter_modules(model) if isinstance(module, Quantized)]
     if not found:
         raise TypeError(
-            f"value_and_grad: the first argument must be or hold a Quantized module, got {type(model).__name__}"
+            f"value_and_grad: the first argument must be or hold a Quantized module, "
+            f"got {type(model).__name__}"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Every framework: the examples train, the page's code runs, and models of installed libraries run as they are."""
+"""Frameworks: examples train, the code of the page runs, and models of installed libraries run unmodified."""
 
 import importlib.util
 import pathlib

@@ -428,7 +428,7 @@ def equimo_vit() -> Model:
 
 @_case("inox", "nn.MultiheadAttention between two Linear")
 def inox_attention() -> Model:
-    import inox.nn as nn
+    from inox import nn
 
     keys = jax.random.split(jax.random.key(0), 3)
     module = nn.Sequential(
