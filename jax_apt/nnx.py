@@ -7,15 +7,16 @@ it along. Whatever a call changes in the module or in its arguments (BatchNorm's
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 from flax import nnx
 
 from jax_apt.config import Backend, Config, Rule
-from jax_apt.report import Report
-from jax_apt.state import AptState
-from jax_apt.transform import AptFunction, apt_quantize
+from jax_apt.report import Report, make_report
+from jax_apt.state import update, zero_taps
+from jax_apt.transform import apt_quantize
 
 
 class Precision(nnx.Variable):
@@ -52,8 +53,9 @@ class Quantized(nnx.Module):
     ):
         if not isinstance(model, nnx.Module):
             raise TypeError(f"Quantized takes an nnx.Module, got {type(model).__name__}")
+        checked = apt_quantize(model, rules, config=config, backend=backend)
         self.model = model
-        self.options = nnx.static((tuple(rules), config, backend))
+        self.options = nnx.static((checked.rules, checked.config, checked.backend))
         q, inputs, _ = self._function(args, kwargs)
         self.precision = Precision(q.init(*inputs))
 
@@ -66,11 +68,7 @@ class Quantized(nnx.Module):
 
     def report(self) -> Report:
         """Every layer with its rule, widths, backend and reason, and what was left in float."""
-        return self._quantize(lambda: None).report(self.precision.get_value())
-
-    def _quantize(self, fn: Callable) -> AptFunction:
-        rules, config, backend = self.options
-        return apt_quantize(fn, rules, config=config, backend=backend)
+        return make_report(self.precision.get_value())
 
     def _function(self, args, kwargs):
         """The call as a quantized function of (the model's variables, all else), those two, and all nodes.
@@ -90,7 +88,9 @@ class Quantized(nnx.Module):
             out = model(*args, **kwargs)
             return out, _changed(nodes, before)
 
-        return self._quantize(fn), (own, (others, data)), whole
+        rules, config, backend = self.options
+        q = apt_quantize(fn, rules, config=config, backend=backend)
+        return q, (own, (others, data)), whole
 
 
 def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.Param) -> Callable[..., Any]:
@@ -126,19 +126,19 @@ def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.P
             model, args, kwargs = nodes = nnx.merge(graph, parameters, variables, data, copy=True)
             inner = _quantized_modules(model)
             for layer, state, tap in zip(inner, states, taps, strict=True):
-                layer.precision.set_value(layer._quantize(loss_fn).with_taps(state, tap))
+                layer.precision.set_value(replace(state, taps=tap))
             out = loss_fn(model, *args, **kwargs)
             for layer, state in zip(inner, states, strict=True):
                 layer.precision.set_value(state)
             loss, aux = out if has_aux else (out, None)
             return loss, (aux, _changed(nodes, before))
 
-        taps = [layer._quantize(loss_fn).taps(state) for layer, state in zip(layers, states, strict=True)]
+        taps = [zero_taps(state.layout) for state in states]
         both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (loss, (aux, changed)), (gradients, statistics) = both(parameters, taps)
         nnx.update(whole, changed)
         for layer, state, tap in zip(layers, states, statistics, strict=True):
-            layer.precision.set_value(layer._quantize(loss_fn).update(state, tap))
+            layer.precision.set_value(update(state, tap, layer.options[1]))
         return ((loss, aux) if has_aux else loss), gradients.get(0, nnx.State({}))
 
     return with_statistics
@@ -173,6 +173,3 @@ def _changed(nodes, before: dict[tuple, list]) -> nnx.State:
         )
 
     return nnx.split(nodes, is_changed, ...)[1]
-
-
-__all__ = ["AptState", "Precision", "Quantized", "value_and_grad"]
