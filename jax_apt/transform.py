@@ -131,7 +131,7 @@ class AptFunction:
           *args, **kwargs: the rest of `fn`'s arguments.
 
         Raises:
-          TypeError: a product's operands are not float32, bfloat16 or float16; the message has your line.
+          TypeError: a product of float64 or complex operands; the message has your line.
           RuntimeError: a backend that was asked for cannot run here.
 
         Warns:
