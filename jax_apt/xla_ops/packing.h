@@ -166,16 +166,34 @@ inline void Interleave(const int16_t* const* row, int64_t columns, uint32_t* __r
     words[c] = static_cast<uint16_t>(r0[c]) | static_cast<uint32_t>(static_cast<uint16_t>(r1[c])) << 16;
 }
 
-inline uint32_t Word(const uint8_t* elements) {
-  uint32_t word;
-  __builtin_memcpy(&word, elements, 4);
-  return word ^ 0x80808080u;
-}
+constexpr uint32_t DigitMask(uint8_t) { return 0x80808080u; }
+constexpr uint32_t DigitMask(int16_t) { return 0; }
 
-inline uint32_t Word(const int16_t* elements) {
-  uint32_t word;
-  __builtin_memcpy(&word, elements, 4);
-  return word;
+// The words of 4 columns, `step` elements apart, become rows of 4, `out_step` words apart.
+template <class Element>
+void InterleaveColumns(const Element* columns, int64_t step, int64_t words, uint32_t* out, int64_t out_step) {
+  using Four = uint32_t __attribute__((vector_size(16)));
+  constexpr int64_t kGroup = 4 / sizeof(Element);
+  const Four mask = Four{} + DigitMask(Element{});
+  int64_t w = 0;
+  for (; w + 4 <= words; w += 4, out += 4 * out_step) {
+    Four a[4];
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(&a[i], columns + i * step + w * kGroup, sizeof(Four));
+    const Four low0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5),
+               high0 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7),
+               low1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5),
+               high1 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+    const Four rows[4] = {__builtin_shufflevector(low0, low1, 0, 1, 4, 5) ^ mask,
+                          __builtin_shufflevector(low0, low1, 2, 3, 6, 7) ^ mask,
+                          __builtin_shufflevector(high0, high1, 0, 1, 4, 5) ^ mask,
+                          __builtin_shufflevector(high0, high1, 2, 3, 6, 7) ^ mask};
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(out + i * out_step, &rows[i], sizeof(Four));
+  }
+  for (; w < words; ++w, out += out_step)
+    for (int64_t i = 0; i < kWordColumns; ++i) {
+      __builtin_memcpy(out + i, columns + i * step + w * kGroup, 4);
+      out[i] ^= DigitMask(Element{});
+    }
 }
 
 // Element whose digit is zero.

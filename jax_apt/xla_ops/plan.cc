@@ -477,7 +477,7 @@ class Planner {
     int64_t temporary = p.is_rhs_pixels ? kPixelChunk * std::max(g.in_channels, g.out_channels) : 0;
     if (p.is_rhs_along)
       for (const Segment& s : p.segments)
-        temporary = std::max(temporary, RoundUp(s.depth, p.shape.depth_unit));
+        temporary = std::max(temporary, kWordColumns * RoundUp(s.depth, p.shape.depth_unit));
     p.temporary_bytes = RoundUp((temporary + kLine) * element, kLine);
     p.own_panels_offset = p.temporary_bytes + RoundUp(slots * SumsBytesPerTile(), kLine);
     p.worker_bytes = p.own_panels_offset;

@@ -24,6 +24,7 @@ namespace jax_apt {
 constexpr int kMaxTaps = 128, kMaxRows = kMaxTaps;  // of a depthwise filter that has its own loops
 constexpr int64_t kPixelChunk = 64;                 // pixels that are rearranged at once
 constexpr int64_t kPanelsAtOnce = 8;                // of rhs that are packed together
+constexpr int64_t kWordColumns = 4;                 // columns of rhs that are rearranged at once
 
 struct Limb {  // of kernels on 16-bit elements: (code >> shift) & mask
   int shift;

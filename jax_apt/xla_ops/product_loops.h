@@ -227,21 +227,21 @@ class Driver {
     }
   }
 
-  // The depth is contiguous in memory.
+  // The depth is contiguous in memory: `columns` takes kWordColumns of them, which become rows of words.
   void PackAlong(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t width, Rhs* words,
-                 Lhs* column) const {
+                 Lhs* columns) const {
     const int64_t tap = segment.depth / segment.pieces;
-    auto* out = reinterpret_cast<uint32_t*>(words);
-    for (int64_t k = segment.depth; k < padded; ++k) column[k] = ZeroDigit(Lhs{});
-    for (int64_t c = 0; c < K::kNr; ++c) {
-      if (c >= width) {
-        for (int64_t g = 0; g < padded / K::kGroup; ++g) out[g * K::kNr + c] = 0;
-        continue;
+    for (int64_t c = 0; c < K::kNr; c += kWordColumns) {
+      for (int64_t i = 0; i < kWordColumns; ++i) {
+        Lhs* column = columns + i * padded;
+        const int64_t filled = c + i < width ? segment.depth : 0;
+        for (int64_t k = filled; k < padded; ++k) column[k] = ZeroDigit(Lhs{});
+        for (int j = 0; filled != 0 && j < segment.pieces; ++j)
+          ReadLimb(product.rhs, limb,
+                   start + (c + i) * p.rhs_lane_step + p.pieces[segment.first_piece + j].rhs, tap,
+                   column + j * tap);
       }
-      for (int i = 0; i < segment.pieces; ++i)
-        ReadLimb(product.rhs, limb, start + c * p.rhs_lane_step + p.pieces[segment.first_piece + i].rhs, tap,
-                 column + i * tap);
-      for (int64_t g = 0; g < padded / K::kGroup; ++g) out[g * K::kNr + c] = Word(column + g * K::kGroup);
+      InterleaveColumns(columns, padded, padded / K::kGroup, reinterpret_cast<uint32_t*>(words) + c, K::kNr);
     }
   }
 
