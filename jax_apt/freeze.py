@@ -38,6 +38,7 @@ from jax_apt.weight_uses import (
     ProductUse,
     Uses,
     find_uses,
+    forward_bodies,
     forward_layers,
     is_inlined,
     moves_codes,
@@ -288,7 +289,7 @@ class _FrozenReplayer(_Replayer):
         return out.astype(versions.aval(eqn.outvars[0]).dtype)
 
     def _site(self, eqn: JaxprEqn, node: QuantizedProduct, axes: tuple[str, ...] = ()) -> Site:
-        """The forward product alone. Its gradients may have depths of unknown size, in an exported program."""
+        """The forward product alone: the depths of its gradients may be symbolic, in an exported program."""
         layer = self.layers[node.layer]
         program = trace_forward(eqn, *(versions.aval(v).shape for v in eqn.invars))
         return Site(
@@ -305,14 +306,11 @@ class _FrozenReplayer(_Replayer):
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         takes = takes_codes(eqn)
         inputs = [x if is_taken else _value(x) for x, is_taken in zip(inputs, takes, strict=True)]
+        if versions.name(eqn) == "scan":
+            return self._run_scan(eqn, node, inputs, sites)[0]
+        if len(forward_bodies(eqn, node)) < len(node.bodies):
+            return self._call(eqn, node, inputs, sites)
         return super()._nested(eqn, node, inputs, sites)
-
-    def _scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
-        return self._run_scan(eqn, node, inputs, sites)[0]
-
-    def _custom_rule(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
-        forward, _ = node.bodies
-        return self.replay(forward, inputs, {name: sites[name] for name in forward.layers()})
 
 
 def _value(x):

@@ -63,8 +63,8 @@ def forward_layers(plan: Plan) -> set[str]:
 
 
 def forward_bodies(eqn: JaxprEqn, node: Nested) -> tuple[Plan, ...]:
-    """The bodies of an equation that run in the forward pass; of a custom rule that is the first alone."""
-    return node.bodies[:1] if versions.name(eqn) in versions.CUSTOM_RULE else node.bodies
+    """The bodies of an equation that run in the forward pass: of a custom rule not its gradient."""
+    return node.bodies if versions.name(eqn) in ("cond", "while") else node.bodies[:1]
 
 
 def moves_codes(eqn: JaxprEqn) -> bool:
