@@ -8,8 +8,8 @@
 namespace jax_apt {
 namespace {
 
-#include "product_loops.h"
 #include "neon_kernel.h"
+#include "product_loops.h"
 
 // sdot wants both sides signed. Flipping the top bit of a byte u of lhs, read as signed, gives u - 128, and
 //

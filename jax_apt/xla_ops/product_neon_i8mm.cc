@@ -8,8 +8,8 @@
 namespace jax_apt {
 namespace {
 
-#include "product_loops.h"
 #include "neon_kernel.h"
+#include "product_loops.h"
 
 struct MixedDot {
   using Words = uint8x16_t;
