@@ -106,37 +106,48 @@ struct Image {
   }
 };
 
+#if defined(__SSE2__) || defined(__ARM_NEON)
 #ifdef __SSE2__
+using Bytes16 = __m128i;
+Bytes16 LoadBytes(const uint8_t* in) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)); }
+void StoreBytes(uint8_t* out, Bytes16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), a); }
+Bytes16 ZipLow(Bytes16 a, Bytes16 b) { return _mm_unpacklo_epi8(a, b); }
+Bytes16 ZipHigh(Bytes16 a, Bytes16 b) { return _mm_unpackhi_epi8(a, b); }
+#else
+using Bytes16 = uint8x16_t;
+Bytes16 LoadBytes(const uint8_t* in) { return vld1q_u8(in); }
+void StoreBytes(uint8_t* out, Bytes16 a) { vst1q_u8(out, a); }
+Bytes16 ZipLow(Bytes16 a, Bytes16 b) { return vzip1q_u8(a, b); }
+Bytes16 ZipHigh(Bytes16 a, Bytes16 b) { return vzip2q_u8(a, b); }
+#endif
 // 16 x 16 bytes: rows of `in` become columns of `out`. Four rounds of interleaving rows i and i + 8.
 void Transpose16(const uint8_t* in, int64_t in_step, uint8_t* out, int64_t out_step) {
-  __m128i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_step));
+  Bytes16 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = LoadBytes(in + i * in_step);
   for (int round = 0; round < 4; ++round) {
     for (int i = 0; i < 8; ++i) {
-      b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-      b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+      b[2 * i] = ZipLow(a[i], a[i + 8]);
+      b[2 * i + 1] = ZipHigh(a[i], a[i + 8]);
     }
     for (int i = 0; i < 16; ++i) a[i] = b[i];
   }
-  for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_step), a[i]);
+  for (int i = 0; i < 16; ++i) StoreBytes(out + i * out_step, a[i]);
 }
 constexpr int64_t kTransposeBytes = 16;
 #else
-void Transpose16(const uint8_t*, int64_t, uint8_t*, int64_t) {}
-constexpr int64_t kTransposeBytes = 0;
+void Transpose16(const uint8_t* in, int64_t, uint8_t* out, int64_t) { *out = *in; }
+constexpr int64_t kTransposeBytes = 1;
 #endif
 
 // (pixels, channels) -> (channels, pixels); `pixels` is at most kPixelChunk.
 inline void Transpose(const uint8_t* in, int64_t pixels, int64_t channels, uint8_t* out, int64_t out_step) {
   int64_t done = 0;
-  if (kTransposeBytes != 0) {
-    for (; done + kTransposeBytes <= channels; done += kTransposeBytes)
-      for (int64_t i = 0; i + kTransposeBytes <= pixels; i += kTransposeBytes)
-        Transpose16(in + i * channels + done, channels, out + done * out_step + i, out_step);
-    const int64_t rest = pixels / kTransposeBytes * kTransposeBytes;
-    for (int64_t c = 0; c < done; ++c)
-      for (int64_t i = rest; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
-  }
+  for (; done + kTransposeBytes <= channels; done += kTransposeBytes)
+    for (int64_t i = 0; i + kTransposeBytes <= pixels; i += kTransposeBytes)
+      Transpose16(in + i * channels + done, channels, out + done * out_step + i, out_step);
+  const int64_t rest = pixels / kTransposeBytes * kTransposeBytes;
+  for (int64_t c = 0; c < done; ++c)
+    for (int64_t i = rest; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
   for (int64_t c = done; c < channels; ++c)
     for (int64_t i = 0; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
 }

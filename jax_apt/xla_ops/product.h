@@ -112,6 +112,10 @@ extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAmxKernels;
 #endif
+#ifdef JAX_APT_ARM64
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonI8mmKernels;
+#endif
 
 }  // namespace jax_apt
 

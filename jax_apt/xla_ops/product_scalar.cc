@@ -3,6 +3,8 @@
 #include "product.h"
 #ifdef __SSE2__
 #include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace jax_apt {
