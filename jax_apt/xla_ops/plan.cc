@@ -468,36 +468,6 @@ class Planner {
   }
 };
 
-bool IsDepthwise(const Geometry& g) {
-  return g.groups > 1 && g.in_channels == g.groups && g.out_channels == g.groups &&
-         Volume(g.window) <= kMaxTaps;
-}
-
-Plan MakeDepthwisePlan(const Product& product, int workers) {
-  constexpr int64_t kFewTerms = 64;  // sums that must be stored more often are better wide from the start
-  const Geometry& g = product.geometry;
-  Plan p{};
-  p.is_depthwise = true;
-  p.safe_terms = kInt32Max / (MaxCode(product.lhs.bits) * MaxCode(product.rhs.bits));
-  const bool is_filter = product.kind == Kind::kFilterGradient;
-  p.is_narrow = product.lhs.bits <= 16 && product.rhs.bits <= 16 &&
-                p.safe_terms >= (is_filter ? kFewTerms : Volume(g.window));
-  if (!p.is_narrow)
-    p.safe_terms = kInt32Max;  // of 46-bit products in 64 bits; FindError bounds the whole sum
-  for (int d = 0; d < kSpace; ++d) {
-    p.source[d] = product.kind == Kind::kInputGradient ? g.out[d] : g.in[d];
-    p.result[d] = product.kind == Kind::kInputGradient ? g.in[d] : g.out[d];
-  }
-  const int64_t rows =
-      is_filter ? g.out[2] + g.in[2] : Volume(g.window) + g.window[0] * g.window[1] * p.source[2];
-  const int64_t element = p.is_narrow ? sizeof(int16_t) : sizeof(int32_t);
-  p.worker_bytes =
-      RoundUp((Volume(g.window) * int64_t{sizeof(int64_t)} + rows * element) * g.in_channels + kLine, kLine);
-  const int64_t pixels = is_filter ? g.out[2] : p.result[2];
-  p.scratch_bytes = workers * p.worker_bytes + pixels * g.window[2] * int64_t{sizeof(int32_t)};
-  return p;
-}
-
 }  // namespace
 
 const char* FindError(const Product& product, int64_t* value) {
@@ -515,7 +485,12 @@ const char* FindError(const Product& product, int64_t* value) {
 }
 
 Plan MakePlan(const Product& product, const KernelShape& shape, int workers) {
-  if (IsDepthwise(product.geometry)) return MakeDepthwisePlan(product, workers);
+  if (IsDepthwise(product.geometry)) {
+    Plan p{};
+    p.is_depthwise = true;
+    p.depthwise = MakeDepthwisePlan(product, shape.element_bytes == 1, workers, &p.scratch_bytes);
+    return p;
+  }
   return Planner(product, shape, workers).Make();
 }
 

@@ -17,12 +17,12 @@
 
 #include <vector>
 
+#include "depthwise_plan.h"
 #include "product.h"
 
 namespace jax_apt {
 
-constexpr int kMaxTaps = 128, kMaxRows = kMaxTaps;  // of a depthwise filter that has its own loops
-constexpr int64_t kPixelChunk = 64;                 // pixels that are rearranged at once
+constexpr int64_t kPixelChunk = 64;  // pixels that are rearranged at once
 
 struct Limb {  // of kernels on 16-bit elements: (code >> shift) & mask
   int shift;
@@ -75,10 +75,9 @@ struct Task {
 };
 
 struct Plan {
-  // Depthwise (see depthwise_loops.h): only these, `source`, `result`, `worker_bytes` and `scratch_bytes`
-  // count.
-  bool is_depthwise, is_narrow;
-  int64_t safe_terms;  // that a sum surely holds
+  // Depthwise: only this and `scratch_bytes` count.
+  bool is_depthwise;
+  DepthwisePlan depthwise;
 
   KernelShape shape;
   Limbs lhs_limbs, rhs_limbs;
