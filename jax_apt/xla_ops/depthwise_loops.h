@@ -49,9 +49,22 @@ class Depthwise {
   static Depthwise* Self(void* self) { return static_cast<Depthwise*>(self); }
 
   int64_t FilterRows() const { return g.window[0] * g.window[1]; }
+  int64_t Columns() const { return static_cast<int64_t>(p.is_needed.size()); }
   int64_t Taps() const { return FilterRows() * g.window[2]; }
-  float Low() const { return PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent)); }
-  float High() const { return PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent)); }
+
+  struct Scale {  // two powers of two: their product might leave float32's range
+    float low, high;
+  };
+
+  Scale ScaleOf() const {
+    return {PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent)),
+            PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent))};
+  }
+
+  // Where words of a block's channel begin, of rows of `count` words.
+  static int64_t LaneOf(int64_t channel, int64_t count) {
+    return channel / kChannelUnit * count * kChannelUnit + channel % kChannelUnit;
+  }
 
   uint8_t* Worker(int worker) const { return scratch + p.worker_at + worker * p.worker_bytes; }
   uint32_t* HeldRow(int worker, int64_t slot) const {
@@ -87,7 +100,7 @@ class Depthwise {
         int64_t pixels[P::kGroup];
         for (int64_t k = 0; k < P::kGroup; ++k)
           pixels[k] = p.taps[w].tap[k] < 0 ? -1 : r * g.window[2] + p.taps[w].tap[k];
-        PackWords<P>(LimbCount(product.rhs.bits), row, pixels, g.in_channels, FilterWords(w, r));
+        PackPixels<P>(LimbCount(product.rhs.bits), row, pixels, g.in_channels, FilterWords(w, r));
       }
     if constexpr (P::kHasOffset)
       for (int64_t f = 0; f < static_cast<int64_t>(p.phases.size()); ++f)
@@ -161,13 +174,13 @@ class Depthwise {
       block.held[slot] = from_y;
       const int64_t start = ((tile.n * p.source[0] + from_z) * p.source[1] + from_y) * p.source[2];
       const WordGrid grid{p.first_column + tile.first_pixel * p.stride,
-                          static_cast<int64_t>(p.is_needed.size()),
+                          Columns(),
                           1,
                           p.spacing,
                           p.is_needed.data(),
                           false};
-      ReadRowWords<P>(LimbCount(product.lhs.bits), RowOf(product.lhs, start * g.in_channels, p.source[2]),
-                      grid, block.channel, block.channels, p.block, words);
+      PackRow<P>(LimbCount(product.lhs.bits), RowOf(product.lhs, start * g.in_channels, p.source[2]), grid,
+                 {block.channel, block.channels, words});
     }
   }
 
@@ -200,7 +213,7 @@ class Depthwise {
     terms.count = 0;
     for (int64_t r = 0; r < FilterRows(); ++r)
       for (int w = phase.first_taps; w < phase.first_taps + phase.taps && block.row[r] != nullptr; ++w) {
-        terms.lhs[terms.count] = block.row[r] + (p.taps[w].offset - p.first_column) * p.block;
+        terms.lhs[terms.count] = block.row[r] + (p.taps[w].offset - p.first_column) * kChannelUnit;
         terms.rhs[terms.count++] = FilterWords(w, r) + block.channel;
       }
     float* out = line + (phase.first + tile.first_pixel * p.step) * g.in_channels + block.channel;
@@ -217,20 +230,23 @@ class Depthwise {
   void GatherLanes(const Terms& terms, const Vector* start, int64_t pixels, int64_t c, int64_t lanes,
                    float* out) const {
     constexpr int kPixels = 4;
-    int64_t i = 0;
-    for (; i + kPixels <= pixels; i += kPixels) GatherPixels<kPixels>(terms, start, i, c, lanes, out);
-    for (; i < pixels; ++i) GatherPixels<1>(terms, start, i, c, lanes, out);
+    const Scale scale = ScaleOf();
+    const int64_t step = p.stride * kChannelUnit, out_step = p.step * g.in_channels;
+    int64_t lane = LaneOf(c, Columns()), i = 0;
+    for (; i + kPixels <= pixels; i += kPixels, lane += kPixels * step, out += kPixels * out_step)
+      GatherPixels<kPixels>(terms, start, lane, c, step, scale, lanes, out, out_step);
+    for (; i < pixels; ++i, lane += step, out += out_step)
+      GatherPixels<1>(terms, start, lane, c, step, scale, lanes, out, out_step);
   }
 
   template <int kPixels>
-  void GatherPixels(const Terms& terms, const Vector* start, int64_t first, int64_t c, int64_t lanes,
-                    float* out) const {
-    const int64_t step = p.stride * p.block;
+  static void GatherPixels(const Terms& terms, const Vector* start, int64_t lane, int64_t c, int64_t step,
+                           Scale scale, int64_t lanes, float* out, int64_t out_step) {
     Vector sums[kPixels][kVectors];
     for (int i = 0; i < kPixels; ++i)
       for (int v = 0; v < kVectors; ++v) sums[i][v] = start[v];
     for (int t = 0; t < terms.count; ++t) {
-      const uint32_t* lhs = terms.lhs[t] + first * step + c;
+      const uint32_t* lhs = terms.lhs[t] + lane;
       Vector rhs[kVectors];
       for (int v = 0; v < kVectors; ++v) rhs[v] = P::Load(terms.rhs[t] + c + v * P::kLanes);
 #pragma GCC unroll 8
@@ -239,19 +255,17 @@ class Depthwise {
         for (int v = 0; v < kVectors; ++v)
           sums[i][v] = P::MultiplyAdd(sums[i][v], P::Load(lhs + i * step + v * P::kLanes), rhs[v]);
     }
-    const float low = Low(), high = High();
 #pragma GCC unroll 8
-    for (int i = 0; i < kPixels; ++i)
-      StoreLanes(sums[i], low, high, lanes, out + (first + i) * p.step * g.in_channels);
+    for (int i = 0; i < kPixels; ++i) StoreLanes(sums[i], scale, lanes, out + i * out_step);
   }
 
-  static void StoreLanes(const Vector* sums, float low, float high, int64_t lanes, float* out) {
+  static void StoreLanes(const Vector* sums, Scale scale, int64_t lanes, float* out) {
     if (lanes == kLanes) {
-      for (int v = 0; v < kVectors; ++v) P::Store(sums[v], low, high, out + v * P::kLanes);
+      for (int v = 0; v < kVectors; ++v) P::Store(sums[v], scale.low, scale.high, out + v * P::kLanes);
       return;
     }
     float values[kLanes];
-    for (int v = 0; v < kVectors; ++v) P::Store(sums[v], low, high, values + v * P::kLanes);
+    for (int v = 0; v < kVectors; ++v) P::Store(sums[v], scale.low, scale.high, values + v * P::kLanes);
     for (int64_t i = 0; i < lanes; ++i) out[i] = values[i];
   }
 
@@ -293,14 +307,14 @@ class Depthwise {
     const CodeRow row = RowOf(product.rhs, start * g.in_channels, tile.first_pixel + pixels);
     const WordGrid grid{tile.first_pixel, CeilDiv(pixels, P::kGroup), P::kGroup, 1, nullptr, true};
     uint32_t* dy = DyWords(worker);
-    ReadRowWords<P>(LimbCount(product.rhs.bits), row, grid, block.channel, block.channels, p.block, dy);
+    PackRow<P>(LimbCount(product.rhs.bits), row, grid, {block.channel, block.channels, dy});
     for (int64_t c = 0; c < block.channels; c += kLanes) {
       Vector start[kVectors] = {};
       if constexpr (P::kHasOffset)
-        for (int v = 0; v < kVectors; ++v) start[v] = OffsetOf(dy + c + v * P::kLanes, grid.count);
+        for (int v = 0; v < kVectors; ++v) start[v] = OffsetOf(dy + LaneOf(c + v * P::kLanes, grid.count), grid.count);
       for (int64_t r = 0; r < FilterRows(); ++r)
         if (block.row[r] != nullptr)
-          AddTaps(block.row[r] + c, dy + c, grid.count, start,
+          AddTaps(block.row[r] + LaneOf(c, Columns()), dy + LaneOf(c, grid.count), grid.count, start,
                   Sums(worker) + r * g.window[2] * p.block + c);
     }
   }
@@ -308,7 +322,7 @@ class Depthwise {
   Vector OffsetOf(const uint32_t* dy, int64_t words) const {
     Vector sum{};
     for (int64_t i = 0; i < words; ++i)
-      sum = P::MultiplyAdd(sum, Vector{} + kOnes, P::Load(dy + i * p.block));
+      sum = P::MultiplyAdd(sum, Vector{} + kOnes, P::Load(dy + i * kChannelUnit));
     return sum * -uint32_t{128};
   }
 
@@ -324,14 +338,14 @@ class Depthwise {
     Vector sums[kTaps][kVectors];
     const uint32_t* from[kTaps];
     for (int t = 0; t < kTaps; ++t) {
-      from[t] = x + (p.taps[tap + t].offset - p.first_column) * p.block;
+      from[t] = x + (p.taps[tap + t].offset - p.first_column) * kChannelUnit;
       for (int v = 0; v < kVectors; ++v)
         sums[t][v] = LoadVector<Vector>(all_sums + (tap + t) * p.block + v * P::kLanes) + start[v];
     }
-    const int64_t step = P::kGroup * p.stride * p.block;
+    const int64_t step = P::kGroup * p.stride * kChannelUnit;
     for (int64_t i = 0; i < words; ++i) {
       Vector rhs[kVectors];
-      for (int v = 0; v < kVectors; ++v) rhs[v] = P::Load(dy + i * p.block + v * P::kLanes);
+      for (int v = 0; v < kVectors; ++v) rhs[v] = P::Load(dy + i * kChannelUnit + v * P::kLanes);
 #pragma GCC unroll 4
       for (int t = 0; t < kTaps; ++t)
 #pragma GCC unroll 2
@@ -344,12 +358,12 @@ class Depthwise {
   }
 
   void StoreTotals(int workers) const {
-    const float low = Low(), high = High();
+    const Scale scale = ScaleOf();
     for (int64_t t = 0; t < Taps(); ++t)
       for (int64_t c = 0; c < g.in_channels; ++c) {
         int64_t total = 0;
         for (int w = 0; w < workers; ++w) total += Totals(w)[t * p.padded + c];
-        product.out[t * g.in_channels + c] = static_cast<float>(total) * low * high;
+        product.out[t * g.in_channels + c] = static_cast<float>(total) * scale.low * scale.high;
       }
   }
 };

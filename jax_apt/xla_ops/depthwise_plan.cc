@@ -10,7 +10,7 @@ constexpr int64_t kInt32Max = 2147483647;
 constexpr int64_t kLine = 64;
 constexpr int64_t kTasksPerWorker = 8;
 constexpr int64_t kMostStretch = 64;       // pixels of a row at once
-constexpr int64_t kHeldBytes = 32 * 1024;  // of rows, which stay in L1
+constexpr int64_t kHeldBytes = 128 * 1024;  // of rows, which stay in L1
 constexpr int64_t kFewTerms = 64;          // sums that must be stored more often are better wide from the start
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }

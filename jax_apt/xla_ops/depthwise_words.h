@@ -29,6 +29,36 @@ Vector LoadVector(const void* from) {
   return value;
 }
 
+// kWordLanes bytes as words, and half as many words, with their sign, as 64 bits: gcc 12 takes
+// __builtin_convertvector apart lane by lane.
+inline WordVector WidenBytes(const uint8_t* from) {
+#if defined(__AVX512BW__)
+  return (WordVector)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (WordVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+#ifdef __SSE2__
+  int32_t word;
+  __builtin_memcpy(&word, from, 4);
+  const __m128i bytes = _mm_cvtsi32_si128(word), zero = _mm_setzero_si128();
+  return (WordVector)_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, zero), zero);
+#else
+  return WordVector{from[0], from[1], from[2], from[3]};
+#endif
+#endif
+}
+
+inline LongVector WidenWords(const uint32_t* from) {
+#if defined(__AVX512BW__)
+  return (LongVector)_mm512_maskz_cvtepi32_epi64(0xff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (LongVector)_mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  return LongVector{static_cast<uint64_t>(static_cast<int32_t>(from[0])),
+                    static_cast<uint64_t>(static_cast<int32_t>(from[1]))};
+#endif
+}
+
 // Scaled by two powers of two one after the other: their product might leave float32's range.
 inline void StoreSums(WordVector sums, float low, float high, float* out) {
   const FloatVector values = __builtin_convertvector(reinterpret_cast<IntVector>(sums), FloatVector) * low * high;
@@ -83,11 +113,8 @@ struct WideWords {
   static constexpr bool kHasOffset = false;
   using Sum = uint64_t;
   using Vector = LongVector;
-  using Words = int32_t __attribute__((vector_size(kVectorBytes / 2)));
 
-  static Vector Load(const uint32_t* words) {
-    return __builtin_convertvector(LoadVector<Words>(words), Vector);
-  }
+  static Vector Load(const uint32_t* words) { return WidenWords(words); }
   static Vector MultiplyAdd(Vector sum, Vector lhs, Vector rhs) {  // lanes that hold 32-bit numbers
 #if defined(__AVX512BW__)
     return sum + (Vector)_mm512_maskz_mul_epi32(0xff, (__m512i)lhs, (__m512i)rhs);
@@ -123,100 +150,129 @@ struct CodeRow {
   }
 };
 
-template <int kLimbs>
-int32_t CodeAt(const CodeRow::Pixel& pixel, int64_t i) {
-  constexpr int32_t kOffset = 1 << (8 * kLimbs - 1);
-  int32_t code = pixel.limb[0][i];
-  if (kLimbs > 1) code += pixel.limb[1][i] << 8;
-  if (kLimbs > 2) code += pixel.limb[2][i] << 16;
-  return code - kOffset;
+// Bytes of kWordLanes channels, or of fewer where no more are there.
+inline WordVector ReadBytes(const uint8_t* from, int64_t lanes) {
+  uint8_t few[kWordLanes] = {};
+  if (lanes < kWordLanes) {
+    for (int64_t i = 0; i < lanes; ++i) few[i] = from[i];
+    from = few;
+  }
+  return WidenBytes(from);
 }
 
-// The bits of one code in its place in a word; a byte is kept as it is, or less 128 if it is signed.
+// A code in the low bits of each word: the byte as it is, or two's complement.
 template <class P, int kLimbs>
-uint32_t Bits(const CodeRow::Pixel& pixel, int64_t i, bool is_signed) {
-  if constexpr (P::kGroup == 4) return pixel.limb[0][i] ^ (is_signed ? 0x80u : 0u);
-  if constexpr (P::kGroup == 2) return static_cast<uint16_t>(CodeAt<kLimbs>(pixel, i));
-  return static_cast<uint32_t>(CodeAt<kLimbs>(pixel, i));
-}
-
-constexpr int64_t kWordBlock = 16;  // lanes whose number is known to the compiler
-
-// `count` words of neighbouring channels from the kGroup pixels of each, or from the words `last` that hold
-// all but the last of them one place on.
-template <class P, int kLimbs, bool kHasLast>
-void BuildWords(const CodeRow::Pixel* pixels, bool is_signed, int64_t count, const uint32_t* last,
-                uint32_t* __restrict out) {
-  constexpr int kBits = 32 / P::kGroup, kTop = 32 - kBits;
-  const CodeRow::Pixel& top = pixels[P::kGroup - 1];
-  const auto build = [&](int64_t start, int64_t lanes) {
-    for (int64_t i = start; i < start + lanes; ++i) {
-      uint32_t word = Bits<P, kLimbs>(top, i, is_signed) << kTop;
-      if constexpr (P::kGroup > 1) {
-        if constexpr (kHasLast) {
-          word |= last[i] >> kBits;
-        } else {
-          for (int k = 0; k + 1 < P::kGroup; ++k)
-            word |= Bits<P, kLimbs>(pixels[k], i, is_signed) << (k * kBits);
-        }
-      }
-      out[i] = word;
-    }
-  };
-  int64_t start = 0;
-  for (; start + kWordBlock <= count; start += kWordBlock) build(start, kWordBlock);
-  for (; start < count; ++start) build(start, 1);
+WordVector ReadCodes(const CodeRow::Pixel& pixel, int64_t at, int64_t lanes) {
+  WordVector code = ReadBytes(pixel.limb[0] + at, lanes);
+  if constexpr (P::kGroup == 4) return code;
+  if constexpr (kLimbs > 1) code |= ReadBytes(pixel.limb[1] + at, lanes) << 8;
+  if constexpr (kLimbs > 2) code |= ReadBytes(pixel.limb[2] + at, lanes) << 16;
+  code -= uint32_t{1} << (8 * kLimbs - 1);
+  if constexpr (P::kGroup == 2) code &= 0xffff;
+  return code;
 }
 
 // Which words of a row: number q holds the pixels first + q * step + k * spacing, k < kGroup.
 struct WordGrid {
   int64_t first, count, step, spacing;
   const uint8_t* is_needed;  // null: all
-  bool is_signed;
+  bool is_signed;            // bytes less 128
 
-  bool Needs(int64_t q) const { return is_needed == nullptr || is_needed[q] != 0; }
+  uint32_t Flip(int64_t group) const { return group == 4 && is_signed ? 0x80808080u : 0; }
 };
 
-// Words [q][block] of `channels` channels from `channel` on.
+// Channels of a row that are read, and where to: words [channels / kChannelUnit][count][kChannelUnit], of
+// which the loops over pixels read one stretch of memory.
+struct WordBlock {
+  int64_t channel, channels;
+  uint32_t* words;
+
+  uint32_t* At(int64_t channel, int64_t count) const {
+    return words + channel / kChannelUnit * count * kChannelUnit + channel % kChannelUnit;
+  }
+};
+
 template <class P, int kLimbs>
-void ReadRowWords(const CodeRow& row, const WordGrid& grid, int64_t channel, int64_t channels, int64_t block,
-               uint32_t* out) {
+void PackWord(const CodeRow::Pixel* pixels, uint32_t flip, int64_t c, int64_t lanes, uint32_t* out) {
+  WordVector word = WordVector{} + flip;
+  for (int k = 0; k < P::kGroup; ++k)
+    word ^= ReadCodes<P, kLimbs>(pixels[k], c, lanes) << (k * (32 / P::kGroup));
+  __builtin_memcpy(out, &word, sizeof word);
+}
+
+template <class P, int kLimbs>
+void PackApart(const CodeRow& row, const WordGrid& grid, const WordBlock& block) {
   for (int64_t q = 0; q < grid.count; ++q) {
-    if (!grid.Needs(q)) continue;
+    if (grid.is_needed != nullptr && !grid.is_needed[q]) continue;
     CodeRow::Pixel pixels[P::kGroup];
     for (int64_t k = 0; k < P::kGroup; ++k)
-      pixels[k] = row.At(grid.first + q * grid.step + k * grid.spacing, channel, kLimbs);
-    const int64_t last = grid.step == 1 ? q - grid.spacing : -1;
-    if (P::kGroup > 1 && last >= 0 && grid.Needs(last))
-      BuildWords<P, kLimbs, true>(pixels, grid.is_signed, channels, out + last * block, out + q * block);
-    else
-      BuildWords<P, kLimbs, false>(pixels, grid.is_signed, channels, nullptr, out + q * block);
+      pixels[k] = row.At(grid.first + q * grid.step + k * grid.spacing, block.channel, kLimbs);
+    for (int64_t c = 0; c < block.channels; c += kWordLanes)
+      PackWord<P, kLimbs>(pixels, grid.Flip(P::kGroup), c, block.channels - c,
+                          block.At(c, grid.count) + q * kChannelUnit);
   }
+}
+
+// Words of neighbours at every pixel: each one is the last, shifted, and one more code.
+template <class P, int kLimbs>
+void PackSliding(const CodeRow& row, const WordGrid& grid, const WordBlock& block) {
+  constexpr int kBits = 32 / P::kGroup, kTop = 32 - kBits;
+  const int64_t end = grid.first + grid.count + P::kGroup - 1;  // pixels that are read
+  const int64_t low = Min(end, Max(grid.first, 0)), high = Max(low, Min(end, row.width));
+  for (int64_t c = 0; c < block.channels; c += kWordLanes) {
+    WordVector word{};
+    const int64_t lanes = block.channels - c;
+    uint32_t* out = block.At(c, grid.count) - (P::kGroup - 1) * kChannelUnit;
+    int64_t before = P::kGroup - 1;  // codes until the first word is whole
+    const auto slide = [&](CodeRow::Pixel pixel, int64_t count, int64_t step) {
+      for (int64_t i = 0; i < count; ++i, out += kChannelUnit) {
+        const WordVector code = ReadCodes<P, kLimbs>(pixel, c, lanes) << kTop;
+        if constexpr (P::kGroup > 1) word = (word >> kBits) | code;
+        else word = code;
+        for (int limb = 0; limb < kLimbs; ++limb) pixel.limb[limb] += step;
+        if (before > 0) {
+          --before;
+          continue;
+        }
+        __builtin_memcpy(out, &word, sizeof word);
+      }
+    };
+    slide(row.At(-1, block.channel, kLimbs), low - grid.first, 0);
+    slide(row.At(low < high ? low : -1, block.channel, kLimbs), high - low, row.channels);
+    slide(row.At(-1, block.channel, kLimbs), end - high, 0);
+  }
+}
+
+template <class P, int kLimbs>
+void PackRow(const CodeRow& row, const WordGrid& grid, const WordBlock& block) {
+  if (grid.step == 1 && grid.spacing == 1 && !grid.is_signed)
+    return PackSliding<P, kLimbs>(row, grid, block);
+  PackApart<P, kLimbs>(row, grid, block);
 }
 
 template <class P>
-void ReadRowWords(int limbs, const CodeRow& row, const WordGrid& grid, int64_t channel, int64_t channels,
-               int64_t block, uint32_t* out) {
-  if (limbs == 1) return ReadRowWords<P, 1>(row, grid, channel, channels, block, out);
+void PackRow(int limbs, const CodeRow& row, const WordGrid& grid, const WordBlock& block) {
+  if (limbs == 1) return PackRow<P, 1>(row, grid, block);
   if constexpr (P::kGroup < 4) {
-    if (limbs == 2) return ReadRowWords<P, 2>(row, grid, channel, channels, block, out);
-    if constexpr (P::kGroup < 2) ReadRowWords<P, 3>(row, grid, channel, channels, block, out);
+    if (limbs == 2) return PackRow<P, 2>(row, grid, block);
+    if constexpr (P::kGroup < 2) PackRow<P, 3>(row, grid, block);
   }
 }
 
-// Words of the pixels `at`, one for each place in a word; -1 is the code 0. Signed.
+// Signed words of the pixels `at`, one for each place in a word; -1 is the code 0.
 template <class P, int kLimbs>
-void PackWords(const CodeRow& row, const int64_t* at, int64_t channels, uint32_t* out) {
+void PackPixels(const CodeRow& row, const int64_t* at, int64_t channels, uint32_t* out) {
   CodeRow::Pixel pixels[P::kGroup];
   for (int64_t k = 0; k < P::kGroup; ++k) pixels[k] = row.At(at[k], 0, kLimbs);
-  BuildWords<P, kLimbs, false>(pixels, true, channels, nullptr, out);
+  for (int64_t c = 0; c < channels; c += kWordLanes)
+    PackWord<P, kLimbs>(pixels, P::kGroup == 4 ? 0x80808080u : 0, c, channels - c, out + c);
 }
 
 template <class P>
-void PackWords(int limbs, const CodeRow& row, const int64_t* at, int64_t channels, uint32_t* out) {
-  if (limbs == 1) return PackWords<P, 1>(row, at, channels, out);
+void PackPixels(int limbs, const CodeRow& row, const int64_t* at, int64_t channels, uint32_t* out) {
+  if (limbs == 1) return PackPixels<P, 1>(row, at, channels, out);
   if constexpr (P::kGroup < 4) {
-    if (limbs == 2) return PackWords<P, 2>(row, at, channels, out);
-    if constexpr (P::kGroup < 2) PackWords<P, 3>(row, at, channels, out);
+    if (limbs == 2) return PackPixels<P, 2>(row, at, channels, out);
+    if constexpr (P::kGroup < 2) PackPixels<P, 3>(row, at, channels, out);
   }
 }
