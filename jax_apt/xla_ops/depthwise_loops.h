@@ -179,8 +179,9 @@ class Depthwise {
                           p.spacing,
                           p.is_needed.data(),
                           false};
-      PackRow<P>(LimbCount(product.lhs.bits), RowOf(product.lhs, start * g.in_channels, p.source[2]), grid,
-                 {block.channel, block.channels, words});
+      const CodeRow row = RowOf(product.lhs, start * g.in_channels, p.source[2]);
+      const int limbs = LimbCount(product.lhs.bits);
+      PackRow<P>(limbs, row, grid, {block.channel, block.channels, words});
     }
   }
 

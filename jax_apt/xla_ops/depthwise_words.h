@@ -213,33 +213,43 @@ void PackApart(const CodeRow& row, const WordGrid& grid, const WordBlock& block)
   }
 }
 
-// Words of neighbours at every pixel: each one is the last, shifted, and one more code.
+// Words of neighbours at every pixel, of kChannelUnit channels or of fewer: each one is the last, shifted,
+// and one more code.
+template <class P, int kLimbs, bool kIsFull>
+void Slide(const CodeRow& row, const WordGrid& grid, int64_t channel, int64_t lanes, uint32_t* out) {
+  constexpr int kBits = 32 / P::kGroup % 32, kTop = (32 - kBits) % 32, kParts = kChannelUnit / kWordLanes;
+  WordVector word[kParts] = {};
+  const auto take = [&](const CodeRow::Pixel& pixel) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kParts; ++v) {
+      const int64_t c = v * kWordLanes;
+      const auto code = ReadCodes<P, kLimbs>(pixel, c, kIsFull ? kWordLanes : Max(lanes - c, 0)) << kTop;
+      word[v] = kBits == 0 ? code : (word[v] >> kBits) | code;
+    }
+  };
+  const auto slide = [&](CodeRow::Pixel pixel, int64_t count, int64_t step) {
+    for (int64_t i = 0; i < count; ++i, out += kChannelUnit) {
+      take(pixel);
+      __builtin_memcpy(out, word, sizeof word);
+      for (int limb = 0; limb < kLimbs; ++limb) pixel.limb[limb] += step;
+    }
+  };
+  for (int64_t k = 0; k + 1 < P::kGroup; ++k) take(row.At(grid.first + k, channel, kLimbs));
+  const int64_t first = grid.first + P::kGroup - 1, end = first + grid.count;
+  const int64_t low = Min(end, Max(first, 0)), high = Max(low, Min(end, row.width));
+  slide(row.At(-1, channel, kLimbs), low - first, 0);
+  slide(row.At(low < high ? low : -1, channel, kLimbs), high - low, low < high ? row.channels : 0);
+  slide(row.At(-1, channel, kLimbs), end - high, 0);
+}
+
 template <class P, int kLimbs>
 void PackSliding(const CodeRow& row, const WordGrid& grid, const WordBlock& block) {
-  constexpr int kBits = 32 / P::kGroup, kTop = 32 - kBits;
-  const int64_t end = grid.first + grid.count + P::kGroup - 1;  // pixels that are read
-  const int64_t low = Min(end, Max(grid.first, 0)), high = Max(low, Min(end, row.width));
-  for (int64_t c = 0; c < block.channels; c += kWordLanes) {
-    WordVector word{};
+  for (int64_t c = 0; c < block.channels; c += kChannelUnit) {
     const int64_t lanes = block.channels - c;
-    uint32_t* out = block.At(c, grid.count) - (P::kGroup - 1) * kChannelUnit;
-    int64_t before = P::kGroup - 1;  // codes until the first word is whole
-    const auto slide = [&](CodeRow::Pixel pixel, int64_t count, int64_t step) {
-      for (int64_t i = 0; i < count; ++i, out += kChannelUnit) {
-        const WordVector code = ReadCodes<P, kLimbs>(pixel, c, lanes) << kTop;
-        if constexpr (P::kGroup > 1) word = (word >> kBits) | code;
-        else word = code;
-        for (int limb = 0; limb < kLimbs; ++limb) pixel.limb[limb] += step;
-        if (before > 0) {
-          --before;
-          continue;
-        }
-        __builtin_memcpy(out, &word, sizeof word);
-      }
-    };
-    slide(row.At(-1, block.channel, kLimbs), low - grid.first, 0);
-    slide(row.At(low < high ? low : -1, block.channel, kLimbs), high - low, row.channels);
-    slide(row.At(-1, block.channel, kLimbs), end - high, 0);
+    if (lanes >= kChannelUnit)
+      Slide<P, kLimbs, true>(row, grid, block.channel + c, lanes, block.At(c, grid.count));
+    else
+      Slide<P, kLimbs, false>(row, grid, block.channel + c, lanes, block.At(c, grid.count));
   }
 }
 
