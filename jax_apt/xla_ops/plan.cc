@@ -499,8 +499,8 @@ class Planner {
 
   // Bytes of a matrix whose rows and depth need no filling up are read where they are.
   bool IsLhsDirect() const {
-    return p.is_matrix && p.shape.element_bytes == 1 && (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 &&
-           g.in[2] % p.shape.row_unit == 0;
+    return p.is_matrix && p.shape.element_bytes == 1 && !p.shape.is_nonnegative &&
+           (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 && g.in[2] % p.shape.row_unit == 0;
   }
 };
 
