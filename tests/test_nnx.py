@@ -37,6 +37,14 @@ def equal(a, b):
     return jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
 
 
+def assert_close(actual, expected):
+    """Two compiled programs may sum biases and statistics in another order."""
+    actual, expected = nnx.to_pure_dict(actual), nnx.to_pure_dict(expected)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7)
+
+
 @pytest.fixture(params=[True, False], ids=["graph", "tree"])
 def mode(request):
     with nnx.set_graph_mode(request.param):
@@ -70,9 +78,9 @@ def test_one_step_equals_split_and_merge_by_hand(mode):
     rngs = nnx.Rngs(dropout=jax.random.key(5))
     value, grads = nnx.jit(apt_nnx.value_and_grad(loss_fn))(model, x, rngs)
     expected_value, expected_grads, stats, state = by_hand(x)
-    assert value == expected_value
-    assert equal(grads["model"].to_pure_dict(), expected_grads.to_pure_dict())
-    assert equal(nnx.state(model.model, nnx.BatchStat).to_pure_dict(), stats.to_pure_dict())
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    assert_close(grads["model"], expected_grads)
+    assert_close(nnx.state(model.model, nnx.BatchStat), stats)
     assert equal(model.precision.get_value(), state)
     assert state.layout.names() == ("first", "head") and state.layout.layers[1].rule == "head"
     assert rngs.dropout.count.get_value() == 1  # what an argument counts is written back too
@@ -104,7 +112,7 @@ def test_training_compiles_once_and_moves_everything(mode):
     assert model.report().steps == 60
     assert rngs.default.count.get_value() == 60
     model.eval()
-    before = nnx.state(model)
+    before = jax.tree.map(jnp.copy, nnx.state(model))
     np.testing.assert_array_equal(model(x), model(x))
     assert equal(nnx.state(model), before)
 
