@@ -311,10 +311,7 @@ class Depthwise {
       if constexpr (P::kHasOffset)
         for (int v = 0; v < kVectors; ++v)
           start[v] = OffsetOf(dy + LaneOf(c + v * P::kLanes, grid.count), grid.count);
-      for (int64_t r = 0; r < FilterRows(); ++r)
-        if (block.row[r] != nullptr)
-          AddTaps(block.row[r] + LaneOf(c, Columns()), dy + LaneOf(c, grid.count), grid.count, start,
-                  Sums(worker) + r * g.window[2] * p.block + c);
+      AddTaps(block, c, dy + LaneOf(c, grid.count), grid.count, start, Sums(worker) + c);
     }
   }
 
@@ -325,35 +322,52 @@ class Depthwise {
     return sum * -uint32_t{128};
   }
 
-  void AddTaps(const uint32_t* x, const uint32_t* dy, int64_t words, const Vector* start, Sum* sums) const {
-    int64_t tap = 0;
-    for (; tap + 3 <= g.window[2]; tap += 3) AddTaps<3>(x, dy, words, tap, start, sums);
-    for (; tap < g.window[2]; ++tap) AddTaps<1>(x, dy, words, tap, start, sums);
+  struct MetTaps {
+    int count;
+    const uint32_t* words[kMaxTaps];  // that a tap meets at pixel 0
+    Sum* sums[kMaxTaps];
+  };
+
+  void AddTaps(const Block& block, int64_t c, const uint32_t* dy, int64_t words, const Vector* start,
+               Sum* sums) const {
+    constexpr int kMany = kVectors == 1 ? 9 : 3;  // enough that none waits for its own last sum
+    MetTaps taps;
+    taps.count = 0;
+    for (int64_t t = 0; t < Taps(); ++t) {
+      const uint32_t* row = block.row[t / g.window[2]];
+      if (row == nullptr) continue;
+      const int64_t offset = p.taps[t % g.window[2]].offset - p.first_column;
+      taps.words[taps.count] = row + LaneOf(c, Columns()) + offset * kChannelUnit;
+      taps.sums[taps.count++] = sums + t * p.block;
+    }
+    int t = 0;
+    for (; t + kMany <= taps.count; t += kMany) AddTaps<kMany>(taps, t, dy, words, start);
+    for (; t + 3 <= taps.count; t += 3) AddTaps<3>(taps, t, dy, words, start);
+    for (; t < taps.count; ++t) AddTaps<1>(taps, t, dy, words, start);
   }
 
   template <int kTaps>
-  void AddTaps(const uint32_t* x, const uint32_t* dy, int64_t words, int64_t tap, const Vector* start,
-               Sum* all_sums) const {
+  void AddTaps(const MetTaps& taps, int first, const uint32_t* dy, int64_t words, const Vector* start) const {
     Vector sums[kTaps][kVectors];
     const uint32_t* from[kTaps];
     for (int t = 0; t < kTaps; ++t) {
-      from[t] = x + (p.taps[tap + t].offset - p.first_column) * kChannelUnit;
+      from[t] = taps.words[first + t];
       for (int v = 0; v < kVectors; ++v)
-        sums[t][v] = LoadVector<Vector>(all_sums + (tap + t) * p.block + v * P::kLanes) + start[v];
+        sums[t][v] = LoadVector<Vector>(taps.sums[first + t] + v * P::kLanes) + start[v];
     }
     const int64_t step = P::kGroup * p.stride * kChannelUnit;
-    for (int64_t i = 0; i < words; ++i) {
+    for (int64_t i = 0, at = 0; i < words; ++i, at += step) {
       Vector rhs[kVectors];
       for (int v = 0; v < kVectors; ++v) rhs[v] = P::Load(dy + i * kChannelUnit + v * P::kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int t = 0; t < kTaps; ++t)
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v)
-          sums[t][v] = P::MultiplyAdd(sums[t][v], P::Load(from[t] + i * step + v * P::kLanes), rhs[v]);
+          sums[t][v] = P::MultiplyAdd(sums[t][v], P::Load(from[t] + at + v * P::kLanes), rhs[v]);
     }
     for (int t = 0; t < kTaps; ++t)
       for (int v = 0; v < kVectors; ++v)
-        __builtin_memcpy(all_sums + (tap + t) * p.block + v * P::kLanes, &sums[t][v], sizeof(Vector));
+        __builtin_memcpy(taps.sums[first + t] + v * P::kLanes, &sums[t][v], sizeof(Vector));
   }
 
   void StoreTotals(int workers) const {

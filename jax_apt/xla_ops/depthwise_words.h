@@ -197,10 +197,15 @@ struct WordBlock {
 
 template <class P, int kLimbs>
 void PackWord(const CodeRow::Pixel* pixels, uint32_t flip, int64_t c, int64_t lanes, uint32_t* out) {
-  WordVector word = WordVector{} + flip;
-  for (int k = 0; k < P::kGroup; ++k)
-    word ^= ReadCodes<P, kLimbs>(pixels[k], c, lanes) << (k * (32 / P::kGroup));
-  __builtin_memcpy(out, &word, sizeof word);
+  const auto pack = [&](int64_t lanes) {
+    WordVector word = WordVector{} + flip;
+#pragma GCC unroll 4
+    for (int k = 0; k < P::kGroup; ++k)
+      word ^= ReadCodes<P, kLimbs>(pixels[k], c, lanes) << (k * (32 / P::kGroup));
+    __builtin_memcpy(out, &word, sizeof word);
+  };
+  if (lanes >= kWordLanes) return pack(kWordLanes);
+  pack(lanes);
 }
 
 template <class P, int kLimbs>
