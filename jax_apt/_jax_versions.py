@@ -6,6 +6,8 @@ Written for jax 0.10.2 and newer; other modules see none of it.
 import os
 import re
 import sysconfig
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,14 +104,39 @@ def as_varying(x, axes: frozenset[str]):
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
+def explicit_axes(aval) -> tuple[str, ...]:
+    """Mesh axes along which the type of a value says how it is sharded."""
+    return aval.sharding.mesh.explicit_axes
+
+
+def without_explicit_axes(function, out):
+    """`function`, run as on a mesh whose explicit axes are automatic; its result is sharded as `out`'s type.
+
+    Inside, XLA chooses how to shard, and types say nothing of it.
+    """
+    explicit = explicit_axes(out)
+    if not explicit:
+        return function
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out.sharding)
+
+
+def without_out_sharding(params: dict) -> dict:
+    """Parameters of a product that asks for no sharding of its result."""
+    return {name: None if name == "out_sharding" else value for name, value in params.items()}
+
+
+def spread_axes(eqn: JaxprEqn) -> frozenset[str]:
+    """Axes along which an equation declares a value as varying that is the same on all devices."""
+    return frozenset(eqn.params["axes"]) if eqn.primitive.name == "pvary" else frozenset()
+
+
+def gradient_program(eqn: JaxprEqn, shard_maps: tuple[JaxprEqn, ...] = ()) -> ClosedJaxpr:
     """(inputs, cotangents of the float outputs) -> gradients of the float inputs.
 
-    The rule that the author of a custom_jvp or custom_vjp function wrote, traced.
+    The rule that the author of a custom_jvp or custom_vjp function wrote, traced inside these shard_maps.
     """
-    inputs = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in eqn.invars]
-    outputs = [aval(v) for v in eqn.outvars if is_float(aval(v))]
-    cotangents = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outputs]
+    inputs = [aval(v).strip_weak_type() for v in eqn.invars]  # with shardings and what varies in a shard_map
+    cotangents = [aval(v).strip_weak_type() for v in eqn.outvars if is_float(aval(v))]
 
     def gradients(*values):
         args = list(values[: len(inputs)])
@@ -124,7 +151,29 @@ def gradient_program(eqn: JaxprEqn) -> ClosedJaxpr:
         _, pullback = jax.vjp(function, *(args[i] for i in places))
         return pullback(list(values[len(inputs) :]))
 
-    return jax.make_jaxpr(gradients)(*inputs, *cotangents)
+    def trace():
+        with eqn.ctx.manager:
+            return jax.make_jaxpr(gradients)(*inputs, *cotangents)
+
+    for outer in reversed(shard_maps):
+        trace = partial(_inside, outer, trace)
+    return trace()
+
+
+def _inside(shard_map: JaxprEqn, trace: Callable[[], ClosedJaxpr]) -> ClosedJaxpr:
+    """What `trace` returns where the axes of a shard_map are bound."""
+    found, p = [], shard_map.params
+
+    def body():
+        found.append(trace())
+        return ()
+
+    axes = set(p["newly_manual_axes"])
+    mapped = jax.shard_map(
+        body, mesh=p["mesh"], in_specs=(), out_specs=(), axis_names=axes, check_vma=p["check_vma"]
+    )
+    jax.eval_shape(mapped)
+    return found[0]
 
 
 def is_float(x) -> bool:

@@ -11,7 +11,8 @@ input plays y and the result x. Codes are held in limb planes: an array with a l
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.extend.core import JaxprEqn
 
 from jax_apt import xla_ops
 from jax_apt.fixed_point import Fixed, power_of_two
+from jax_apt.xla_ops.partitioning import partitioned
 
 TENSORS = ("lhs", "rhs", "out")
 
@@ -39,6 +41,9 @@ class Role(NamedTuple):
 class NativeForm(NamedTuple):
     geometry: xla_ops.Geometry
     roles: dict[str, Role]  # by TENSORS
+    dims: dict[str, tuple[str, ...]]  # by TENSORS: names of dimensions; see `xla_ops.partitioning`
+    whole: frozenset[str]  # dimensions that devices never share
+    part: Callable[[Mapping[str, int]], "NativeForm"]  # one device's, where names are split in so many
 
 
 def as_native(eqn: JaxprEqn, lhs_shape, rhs_shape) -> NativeForm | None:
@@ -47,30 +52,42 @@ def as_native(eqn: JaxprEqn, lhs_shape, rhs_shape) -> NativeForm | None:
     That is a convolution with batch groups, or with both a stride and a dilated input.
     """
     if eqn.primitive.name == "dot_general":
-        return _dot(eqn.params["dimension_numbers"], lhs_shape, rhs_shape)
+        return _dot(eqn.params["dimension_numbers"], tuple(lhs_shape), tuple(rhs_shape))
     params = eqn.params
     is_transposed = any(d != 1 for d in params["lhs_dilation"])
     if params["batch_group_count"] != 1:
         return None
     if is_transposed and any(s != 1 for s in params["window_strides"]):
         return None
-    return _conv(params, lhs_shape, rhs_shape, is_transposed)
+    return _conv(params, tuple(lhs_shape), tuple(rhs_shape), is_transposed)
 
 
 def run_native(form: NativeForm, target: str, operands: dict[str, Fixed]) -> Array:
-    """float32 tensor `target` from the other two, given by name as numbers in limb planes."""
+    """float32 tensor `target` from the other two, given by name as numbers in limb planes.
+
+    On sharded operands each device multiplies its own part. Where the dimension that is summed over is
+    sharded, the partial results are exact, each rounded once, and added in float32.
+    """
     role = form.roles[target]
-    by_role = {form.roles[name].name: (form.roles[name], fixed) for name, fixed in operands.items()}
-    (lhs_role, lhs), (rhs_role, rhs) = (by_role[name] for name in _OPERANDS[role.name])
-    formats = jnp.stack([lhs.bits, lhs.exponent, rhs.bits, rhs.exponent])
-    out = xla_ops.product(
-        _KIND[role.name],
-        form.geometry,
-        jax.vmap(lhs_role.enter)(lhs.codes),
-        jax.vmap(rhs_role.enter)(rhs.codes),
-        formats,
+    names = {form.roles[name].name: name for name in operands}
+    lhs, rhs = (names[x] for x in _OPERANDS[role.name])
+    a, b = operands[lhs], operands[rhs]
+    run = partitioned(
+        partial(_run_part, form, target, lhs, rhs),
+        (("limbA", *form.dims[lhs]), ("limbB", *form.dims[rhs]), ("format",)),
+        (form.dims[target],),
+        form.whole | {"limbA", "limbB", "format"},
     )
-    return role.leave(out)
+    (out,) = run(a.codes, b.codes, jnp.stack([a.bits, a.exponent, b.bits, b.exponent]))
+    return out
+
+
+def _run_part(form: NativeForm, target: str, lhs: str, rhs: str, parts, a, b, formats) -> tuple[Array]:
+    form = form.part(parts) if parts else form
+    role = form.roles[target]
+    enter_a, enter_b = (jax.vmap(form.roles[name].enter) for name in (lhs, rhs))
+    out = xla_ops.product(_KIND[role.name], form.geometry, enter_a(a), enter_b(b), formats)
+    return (role.leave(out),)
 
 
 # Limb planes
@@ -143,7 +160,34 @@ def _dot(dimension_numbers, lhs_shape, rhs_shape) -> NativeForm:
         tensor: Role(name, *_rearrangement(order, shape, shapes[name]))
         for name, (tensor, order, shape) in orders.items()
     }
-    return NativeForm(geometry, roles)
+    dims = _dot_dims(dimension_numbers, lhs_free, rhs_free)
+
+    def part(parts):
+        shapes = (_part_of(lhs_shape, dims["lhs"], parts), _part_of(rhs_shape, dims["rhs"], parts))
+        return _dot(dimension_numbers, *shapes)
+
+    return NativeForm(geometry, roles, dims, frozenset(), part)
+
+
+def _dot_dims(dimension_numbers, lhs_free, rhs_free) -> dict[str, tuple[str, ...]]:
+    """Names of dimensions: b batch, k contracted, m and n free."""
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+
+    def named(*kinds):
+        return {d: f"{letter}{i}" for letter, dims in kinds for i, d in enumerate(dims)}
+
+    lhs = named(("b", lhs_batch), ("k", lhs_contract), ("m", lhs_free))
+    rhs = named(("b", rhs_batch), ("k", rhs_contract), ("n", rhs_free))
+    out = [lhs[d] for d in (*lhs_batch, *lhs_free)] + [rhs[d] for d in rhs_free]
+    return {
+        "lhs": tuple(lhs[d] for d in range(len(lhs))),
+        "rhs": tuple(rhs[d] for d in range(len(rhs))),
+        "out": tuple(out),
+    }
+
+
+def _part_of(shape, dims: tuple[str, ...], parts: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(size // parts.get(name, 1) for size, name in zip(shape, dims, strict=True))
 
 
 def matrix_form(lhs_shape, rhs_shape) -> NativeForm:
@@ -208,7 +252,29 @@ def _conv(params, lhs_shape, rhs_shape, is_transposed: bool) -> NativeForm:
         "rhs": Role("w", enter_w, leave_w),
         "out": Role(y, *_rearrangement(out_order, out_shape, shapes[y])),
     }
-    return NativeForm(geometry, roles)
+    dims = _conv_dims(params["dimension_numbers"])
+    whole = {d for names in dims.values() for d in names if d[0] in "iwo"}
+
+    def part(parts):
+        shapes = (_part_of(lhs_shape, dims["lhs"], parts), _part_of(rhs_shape, dims["rhs"], parts))
+        return _conv(params, *shapes, is_transposed)
+
+    return NativeForm(geometry, roles, dims, frozenset(whole | ({"c", "f"} if groups > 1 else set())), part)
+
+
+def _conv_dims(dimension_numbers) -> dict[str, tuple[str, ...]]:
+    """Names of dimensions: n batch, c channels, f features; i, w and o space, which stays whole."""
+
+    def named(spec, first, second, letter):
+        names = {spec[0]: first, spec[1]: second} | {d: f"{letter}{i}" for i, d in enumerate(spec[2:])}
+        return tuple(names[d] for d in range(len(spec)))
+
+    lhs_spec, rhs_spec, out_spec = dimension_numbers
+    return {
+        "lhs": named(lhs_spec, "n", "c", "i"),
+        "rhs": named(rhs_spec, "f", "c", "w"),
+        "out": named(out_spec, "n", "f", "o"),
+    }
 
 
 def _three(values, fill: int) -> tuple[int, int, int]:

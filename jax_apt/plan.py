@@ -157,6 +157,7 @@ class _Planner:
     left: dict[str, LeftInFloat] = field(default_factory=dict)
     replaced: list[Replaced] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
+    shard_maps: tuple[JaxprEqn, ...] = ()  # around the equation at hand
 
     def layout(self) -> Layout:
         unused = tuple(str(r) for i, r in enumerate(self.rules) if i not in self.used)
@@ -265,11 +266,17 @@ class _Planner:
         outputs = [_join(labels) for labels in zip(*(out for _, out in walks), strict=True)]
         return Nested(tuple(plan for plan, _ in walks)), outputs
 
+    def _shard_map(self, eqn, inputs, stack, scope):
+        outer, self.shard_maps = self.shard_maps, (*self.shard_maps, eqn)
+        node, outputs = self._call(eqn, inputs, stack, scope)
+        self.shard_maps = outer
+        return node, outputs
+
     def _custom_rule(self, eqn, inputs, stack, scope):
         """The function's own products, and those of the gradient that its author wrote."""
         (body,) = versions.sub_jaxprs(eqn)
         forward, outputs = self.walk(body, inputs, stack, scope)
-        program = versions.gradient_program(eqn)
+        program = versions.gradient_program(eqn, self.shard_maps)
         cotangents: list[Label] = [_GRADIENT] * (len(program.in_avals) - len(inputs))
         gradient, _ = self.walk(program, [*inputs, *cotangents], stack, scope)
         return Nested((forward, gradient)), outputs
@@ -285,6 +292,9 @@ class _Planner:
             name = f"{name}/gradient"
         if _is_integer_product(eqn):
             self._leave(name, eqn, "an integer product is exact already")
+            return None
+        if _is_elementwise(eqn):
+            self._leave(name, eqn, "nothing is summed: it multiplies element by element")
             return None
         index, rule = self._rule_for(name, eqn, parameter)
         if not rule.quantize:
@@ -336,7 +346,8 @@ _BODIES = {
     "while": _Planner._while,
     "cond": _Planner._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Planner._custom_rule),
-    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL, "shard_map"), _Planner._call),
+    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL), _Planner._call),
+    "shard_map": _Planner._shard_map,
     **dict.fromkeys(versions.RAGGED, _Planner._ragged),
     **dict.fromkeys((*versions.SOLVERS, "CustomRoot"), _Planner._solver),
 }
@@ -375,15 +386,22 @@ def _is_integer_product(eqn: JaxprEqn) -> bool:
     return all(jnp.issubdtype(versions.aval(v).dtype, jnp.integer) for v in eqn.invars)
 
 
+def _is_elementwise(eqn: JaxprEqn) -> bool:
+    """A `dot_general` without contracting dimensions, as einsum writes a scale or an outer product."""
+    return eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][0][0]
+
+
 def _check_dtypes(eqn: JaxprEqn, name: str) -> None:
+    """Integers beside floats are fine: the replay takes their float32 value, as XLA does."""
     allowed = (jnp.float32, jnp.bfloat16, jnp.float16)
     for var in (*eqn.invars, *eqn.outvars):
         dtype = versions.aval(var).dtype
-        if dtype not in allowed:
+        is_integer = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+        if dtype not in allowed and not (is_integer and var in eqn.invars):
             raise TypeError(
                 f"layer {name}: {eqn.primitive.name} at {versions.source_line(eqn)} has "
-                f"{dtype} values; apt_quantize takes float32, bfloat16 and float16 (results are "
-                f"float32 sums). Cast them, or leave the layer in float with "
+                f"{dtype} values; apt_quantize takes float32, bfloat16 and float16, and integers beside "
+                f"them (results are float32 sums). Cast them, or leave the layer in float with "
                 f"Rule({name!r}, quantize=False)"
             )
 

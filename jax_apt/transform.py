@@ -5,6 +5,7 @@ quantized products, everything else runs as it was. No monkey-patching, no globa
 """
 
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,7 +131,7 @@ class AptFunction:
           *args, **kwargs: the rest of `fn`'s arguments.
 
         Raises:
-          TypeError: a product's operands are not float32, bfloat16 or float16; the message has your line.
+          TypeError: a product of float64 or complex operands; the message has your line.
           RuntimeError: a backend that was asked for cannot run here.
 
         Warns:
@@ -286,6 +287,7 @@ class _Replayer:
         values: dict = dict(zip(plan.jaxpr.jaxpr.invars, args, strict=True))
         values |= dict(zip(plan.jaxpr.jaxpr.constvars, plan.jaxpr.consts, strict=True))
         values |= later.weights
+        same_along: dict = defaultdict(frozenset)  # variable -> axes of a shard_map, where it is known
 
         def read(var):
             return var.val if isinstance(var, Literal) else values[var]
@@ -296,30 +298,40 @@ class _Replayer:
             inputs = [read(v) for v in eqn.invars]
             node = plan.nodes.get(i)
             if node is None:
-                out = versions.bind(eqn, inputs)
+                out = self._plain(eqn, inputs)
+                same_along |= dict.fromkeys(eqn.outvars, versions.spread_axes(eqn))
             elif isinstance(node, MaxPool):
                 out = [max_pool(eqn, *inputs)]
             elif isinstance(node, QuantizedProduct):
                 run = partial(later.product, i) if i in later.probes else quantized_product
-                out = [self._product(eqn, node, inputs, sites, run)]
+                same = [frozenset() if isinstance(v, Literal) else same_along[v] for v in eqn.invars]
+                out = [self._product(eqn, node, inputs, sites, run, same)]
             else:
                 own = {n: sites[n] for body in node.bodies for n in body.layers()}
                 out = self._nested(eqn, node, inputs, own)
             values |= dict(zip(eqn.outvars, out, strict=True))
         return [read(v) for v in plan.jaxpr.jaxpr.outvars]
 
-    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run) -> Array:
+    def _plain(self, eqn: JaxprEqn, inputs) -> list:
+        return versions.bind(eqn, inputs)
+
+    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
         lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
-        formats, tap = sites[node.layer]
-        axes = self.mesh_axes
+        out = versions.aval(eqn.outvars[0])
+        quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run, same), out)
+        return quantized(lhs, rhs, *sites[node.layer]).astype(out.dtype)
+
+    def _quantized(self, eqn, node: QuantizedProduct, run, same, lhs, rhs, formats, tap) -> Array:
+        axes, copied = self.mesh_axes, ((), ())
         if axes and self.is_typed:
-            varying = versions.varying_axes(lhs) | versions.varying_axes(rhs)
+            own = versions.varying_axes(lhs), versions.varying_axes(rhs)
+            varying = own[0] | own[1]
+            copied = tuple(tuple(sorted(s | varying - o)) for s, o in zip(same, own, strict=True))
             lhs, rhs, tap = (versions.as_varying(x, varying) for x in (lhs, rhs, tap))
             axes = tuple(a for a in axes if a in varying)
-        site = self._site(eqn, node, axes)
+        site = self._site(eqn, node, axes)._replace(copied=copied)
         with jax.named_scope(f"apt/{node.layer}"):
-            out = run(site, lhs, rhs, formats, tap)
-        return out.astype(versions.aval(eqn.outvars[0]).dtype)
+            return run(site, lhs, rhs, formats, tap)
 
     def _site(self, eqn: JaxprEqn, node: QuantizedProduct, axes: tuple[str, ...] = ()) -> Site:
         layer = self.layers[node.layer]
@@ -368,7 +380,8 @@ class _Replayer:
     def _scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """One precision per slice in a scan over layers, one for all steps in a scan over time."""
         num_consts, _ = versions.scan_parts(eqn)
-        if not node.is_over_layers and not self.mesh_axes:
+        is_explicit = any(versions.explicit_axes(versions.aval(v)) for v in eqn.outvars)
+        if not node.is_over_layers and not self.mesh_axes and not is_explicit:
             deferred = find_deferred(node.bodies[0], num_consts, self._can_defer)
             if deferred.products:
                 return self._scan_over_time(eqn, node, inputs, sites, deferred)

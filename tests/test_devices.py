@@ -5,8 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+import jax_apt as apt
 from jax_apt import xla_ops
 
 BACKENDS = ["xla"] + (["native"] if xla_ops.is_available() else [])
@@ -24,8 +29,42 @@ def run(*args, devices):
     return done.stdout
 
 
+WAYS = ["data", "both", "untyped", "jit data", "jit tensor", "jit both", "explicit"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_four_devices_choose_the_bits_of_one(backend):
     """Data parallel, tensor parallel and both, by shard_map and by sharded arrays; see the program."""
     output = run(pathlib.Path(__file__).with_name("program_on_devices.py"), backend, devices=4)
-    assert output.split() == ["data", "tensor", "both", "untyped", "jit", "ok"]
+    more = ["convolutions", "vmap"] if backend == "native" else []
+    assert output.splitlines() == [*WAYS, *more, "ok"]
+
+
+@jax.custom_jvp
+def dense(x, w):
+    return x @ w
+
+
+@dense.defjvp
+def _(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return x @ w, dx @ w + x @ dw
+
+
+def test_a_custom_rule_inside_a_shard_map_is_quantized():
+    """Its gradient is planned with the axes of the shard_map: w is the same on all devices, x is not."""
+    x, params = jnp.ones((4, 3)), {"w": jnp.full((3, 2), 0.5)}
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda p, x: dense(x, p["w"]), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+    )
+
+    def step(fn):
+        q = apt.apt_quantize(fn, backend="xla")
+        loss = apt.value_and_grad(lambda p, s: jnp.sum(q.apply(p, s, x)), q)
+        return jax.jit(loss)(params, q.init(params, x))
+
+    (_, gradients, state), (_, expected, one) = step(mapped), step(lambda p, x: dense(x, p["w"]))
+    np.testing.assert_array_equal(gradients["w"], expected["w"])
+    assert state.layout.names() == one.layout.names() != ()
+    np.testing.assert_array_equal(state.precision.exponent, one.precision.exponent)

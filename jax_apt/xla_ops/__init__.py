@@ -14,12 +14,15 @@ import functools
 import math
 import os
 import pathlib
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jax_apt.xla_ops.partitioning import partitioned
 
 _LIBRARY = pathlib.Path(__file__).with_name("libjax_apt_xla_ops.so")
 _TARGETS = ("jax_apt_product", "jax_apt_quantize", "jax_apt_max_pool_gradient")
@@ -114,6 +117,18 @@ def quantize(x: Array, bits, exponent, *, limbs: int, isa: str = "auto") -> tupl
     if x.dtype != jnp.float32:
         raise TypeError(f"quantize: x must be float32, got {x.dtype}")
     formats = jnp.stack([jnp.asarray(bits, jnp.int32), jnp.asarray(exponent, jnp.int32)])
+    dims = tuple(f"d{i}" for i in range(x.ndim))
+    run = partitioned(
+        partial(_quantize, limbs=limbs, isa=isa),
+        (dims, ("format",)),
+        (("limb", *dims), ()),
+        frozenset({"limb", "format"}),
+    )
+    planes, nonfinite = run(x, formats)
+    return planes, nonfinite
+
+
+def _quantize(parts, x: Array, formats: Array, *, limbs: int, isa: str) -> tuple[Array, Array]:
     results = (
         jax.ShapeDtypeStruct((limbs, *x.shape), jnp.uint8),
         jax.ShapeDtypeStruct((), jnp.float32),
@@ -268,10 +283,21 @@ def max_pool_gradient(x: Array, dy: Array, pool: Pool, *, isa: str = "auto") -> 
     outputs = tuple(max((n + low + high - w) // s + 1, 0) for n, w, s, (low, high) in dims)
     if dy.shape != outputs:
         raise ValueError(f"max_pool_gradient: dy must have shape {outputs}, got {dy.shape}")
+    names = tuple(f"{'p' if d in pool.pooled() else 'd'}{d}" for d in range(x.ndim))
+    run = partitioned(
+        partial(_max_pool_gradient, pool=pool, isa=isa),
+        (names, tuple(name.replace("p", "o") for name in names)),
+        (names,),
+        frozenset(f"{letter}{d}" for d in pool.pooled() for letter in "po"),
+    )
+    return run(x, dy)[0]
+
+
+def _max_pool_gradient(parts, x: Array, dy: Array, *, pool: Pool, isa: str) -> tuple[Array]:
     pooled = pool.pooled()
     fields = [
         [values[d] for d in pooled]
-        for values in (x.shape, outputs, pool.window, pool.strides, [low for low, _ in pool.padding])
+        for values in (x.shape, dy.shape, pool.window, pool.strides, [low for low, _ in pool.padding])
     ]
     numbers = [
         (fill,) * (3 - len(pooled)) + tuple(f) for f, fill in zip(fields, (1, 1, 1, 1, 0), strict=True)
@@ -279,4 +305,4 @@ def max_pool_gradient(x: Array, dy: Array, pool: Pool, *, isa: str = "auto") -> 
     geometry = np.hstack([*numbers, math.prod(x.shape[pooled.stop :])]).astype(np.int64)
     result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     call = jax.ffi.ffi_call("jax_apt_max_pool_gradient", result, vmap_method="broadcast_all")
-    return call(x, dy, geometry=geometry, isa=isa)
+    return (call(x, dy, geometry=geometry, isa=isa),)

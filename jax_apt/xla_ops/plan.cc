@@ -477,7 +477,7 @@ class Planner {
     int64_t temporary = p.is_rhs_pixels ? kPixelChunk * std::max(g.in_channels, g.out_channels) : 0;
     if (p.is_rhs_along)
       for (const Segment& s : p.segments)
-        temporary = std::max(temporary, RoundUp(s.depth, p.shape.depth_unit));
+        temporary = std::max(temporary, kWordColumns * RoundUp(s.depth, p.shape.depth_unit));
     p.temporary_bytes = RoundUp((temporary + kLine) * element, kLine);
     p.own_panels_offset = p.temporary_bytes + RoundUp(slots * SumsBytesPerTile(), kLine);
     p.worker_bytes = p.own_panels_offset;
@@ -499,101 +499,10 @@ class Planner {
 
   // Bytes of a matrix whose rows and depth need no filling up are read where they are.
   bool IsLhsDirect() const {
-    return p.is_matrix && p.shape.element_bytes == 1 && (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 &&
-           g.in[2] % p.shape.row_unit == 0;
+    return p.is_matrix && p.shape.element_bytes == 1 && !p.shape.is_nonnegative &&
+           (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 && g.in[2] % p.shape.row_unit == 0;
   }
 };
-
-bool IsDepthwise(const Geometry& g) {
-  return g.groups > 1 && g.in_channels == g.groups && g.out_channels == g.groups &&
-         Volume(g.window) <= kMaxTaps;
-}
-
-Plan MakeDepthwisePlan(const Product& product, int workers) {
-  constexpr int64_t kFewTerms = 64;  // sums that must be stored more often are better wide from the start
-  const Geometry& g = product.geometry;
-  Plan p{};
-  p.is_depthwise = true;
-  p.safe_terms = kInt32Max / (MaxCode(product.lhs.bits) * MaxCode(product.rhs.bits));
-  const bool is_filter = product.kind == Kind::kFilterGradient;
-  p.is_narrow = product.lhs.bits <= 16 && product.rhs.bits <= 16 &&
-                p.safe_terms >= (is_filter ? kFewTerms : Volume(g.window));
-  if (!p.is_narrow)
-    p.safe_terms = kInt32Max;  // of 46-bit products in 64 bits; FindError bounds the whole sum
-  for (int d = 0; d < kSpace; ++d) {
-    p.source[d] = product.kind == Kind::kInputGradient ? g.out[d] : g.in[d];
-    p.result[d] = product.kind == Kind::kInputGradient ? g.in[d] : g.out[d];
-  }
-  const int64_t rows =
-      is_filter ? g.out[2] + g.in[2] : Volume(g.window) + g.window[0] * g.window[1] * p.source[2];
-  const int64_t element = p.is_narrow ? sizeof(int16_t) : sizeof(int32_t);
-  p.worker_bytes =
-      RoundUp((Volume(g.window) * int64_t{sizeof(int64_t)} + rows * element) * g.in_channels + kLine, kLine);
-  const int64_t pixels = is_filter ? g.out[2] : p.result[2];
-  p.scratch_bytes = workers * p.worker_bytes + pixels * g.window[2] * int64_t{sizeof(int32_t)};
-  return p;
-}
-
-// A 3x3 convolution of stride 1 in two dimensions, or the input gradient of one, with codes of 8 bits and
-// enough pixels and channels for the transforms to pay.
-bool IsWinograd(const Product& product, const KernelShape& shape) {
-  const Geometry& g = product.geometry;
-  if (!shape.has_winograd || g.groups != 1) return false;
-  if (product.lhs.bits > 8 || product.rhs.bits > 8) return false;
-  if (g.window[0] != 1 || g.window[1] != 3 || g.window[2] != 3 || g.in[0] != g.out[0] || g.pad[0] != 0)
-    return false;
-  for (int d = 0; d < kSpace; ++d)
-    if (g.stride[d] != 1 || (d > 0 && g.dilation[d] != 1)) return false;
-  const int64_t* result = product.kind == Kind::kInputGradient ? g.in : g.out;
-  const int64_t used = result[1] * result[2], made = RoundUp(result[1], 4) * RoundUp(result[2], 4);
-  constexpr int64_t kMinChannels = 16, kMaxChannels = kInt32Max / (9 * 127 * 127);
-  return 2 * used > made && std::min(g.in_channels, g.out_channels) >= kMinChannels &&
-         std::max(g.in_channels, g.out_channels) <= kMaxChannels;
-}
-
-Plan MakeWinogradPlan(const Product& product, const KernelShape& shape, int workers) {
-  constexpr int64_t kLanes = 16, kPlanes = 36, kTiles = 30, kWholeDepth = 224, kBlockDepth = 176;
-  const Geometry& g = product.geometry;
-  const bool is_forward = product.kind != Kind::kInputGradient;
-  Plan p{};
-  p.is_winograd = true;
-  for (int d = 0; d < kSpace; ++d) {
-    p.source[d] = is_forward ? g.in[d] : g.out[d];
-    p.result[d] = is_forward ? g.out[d] : g.in[d];
-  }
-  p.source_channels = is_forward ? g.in_channels : g.out_channels;
-  p.columns = is_forward ? g.out_channels : g.in_channels;
-  p.panels = CeilDiv(p.columns, shape.nr);
-  WinogradPlan& w = p.winograd;
-  // The first dimension is one more of the batch.
-  w.rows = CeilDiv(p.result[1], 4), w.columns = CeilDiv(p.result[2], 4);
-  w.tiles = g.batch * p.result[0] * w.rows * w.columns;
-  for (int d = 0; d < 2; ++d) w.pad[d] = is_forward ? g.pad[d + 1] : 2 - g.pad[d + 1];
-  if (product.kind == Kind::kFilterGradient) {
-    w.pairs = CeilDiv(w.tiles, 2);
-    w.input_offset = kPlanes * w.pairs * 2 * RoundUp(g.in_channels, kLanes) * 2;
-    w.worker_offset = w.input_offset + p.panels * kPlanes * w.pairs * 2 * kLanes * 2;
-    constexpr int64_t kMaxRows = 96;  // whose products stay in L2
-    const int64_t row_tasks = std::max(CeilDiv(g.in_channels, kMaxRows), CeilDiv(2 * workers, p.panels));
-    const int64_t rows = w.rows_per_task = RoundUp(CeilDiv(g.in_channels, row_tasks), shape.mr);
-    w.worker_bytes = rows * kLanes * (9 * int64_t{sizeof(int64_t)} + kPlanes * int64_t{sizeof(int32_t)});
-    p.scratch_bytes = w.worker_offset + workers * w.worker_bytes;
-    return p;
-  }
-  w.blocks = p.source_channels <= kWholeDepth ? 1 : CeilDiv(p.source_channels, kBlockDepth);
-  w.block_depth = RoundUp(CeilDiv(p.source_channels, w.blocks), kLanes);
-  w.tiles_per_group = std::min(kTiles, w.tiles);
-  w.groups = CeilDiv(w.tiles, w.tiles_per_group);
-  w.is_shared = w.groups < kTasksPerWorker * workers;
-  const int64_t weights = p.panels * w.blocks * kPlanes * w.block_depth * kLanes * 2;
-  const int64_t input = kPlanes * (w.tiles_per_group * w.blocks * w.block_depth + 32) * 2;
-  const int64_t products = kPlanes * (w.tiles_per_group + shape.mr) * kLanes * 4;
-  w.input_offset = weights;
-  w.worker_offset = w.input_offset + input * (w.is_shared ? w.groups : workers);
-  w.worker_bytes = products + w.tiles_per_group * 16 * kLanes * 4;
-  p.scratch_bytes = w.worker_offset + workers * w.worker_bytes;
-  return p;
-}
 
 }  // namespace
 
@@ -614,10 +523,17 @@ const char* FindError(const Product& product, int64_t* value) {
 Plan MakePlan(const Product& product, const KernelShape& shape, int workers) {
   if (IsWinograd(product, shape)) {
     constexpr int64_t kMaxScratch = int64_t{1} << 27;  // a filter gradient holds all its tiles
-    Plan plan = MakeWinogradPlan(product, shape, workers);
-    if (plan.scratch_bytes <= kMaxScratch) return plan;
+    Plan p{};
+    p.is_winograd = true;
+    p.winograd = MakeWinogradPlan(product, shape, workers, &p.scratch_bytes);
+    if (p.scratch_bytes <= kMaxScratch) return p;
   }
-  if (IsDepthwise(product.geometry)) return MakeDepthwisePlan(product, workers);
+  if (IsDepthwise(product.geometry)) {
+    Plan p{};
+    p.is_depthwise = true;
+    p.depthwise = MakeDepthwisePlan(product, shape.element_bytes == 1, workers, &p.scratch_bytes);
+    return p;
+  }
   return Planner(product, shape, workers).Make();
 }
 

@@ -17,13 +17,15 @@
 
 #include <vector>
 
+#include "depthwise_plan.h"
 #include "product.h"
+#include "winograd_plan.h"
 
 namespace jax_apt {
 
-constexpr int kMaxTaps = 128, kMaxRows = kMaxTaps;  // of a depthwise filter that has its own loops
-constexpr int64_t kPixelChunk = 64;                 // pixels that are rearranged at once
-constexpr int64_t kPanelsAtOnce = 8;                // of rhs that are packed together
+constexpr int64_t kPixelChunk = 64;   // pixels that are rearranged at once
+constexpr int64_t kPanelsAtOnce = 8;  // of rhs that are packed together
+constexpr int64_t kWordColumns = 4;   // columns of rhs that are rearranged at once
 
 struct Limb {  // of kernels on 16-bit elements: (code >> shift) & mask
   int shift;
@@ -75,28 +77,14 @@ struct Task {
   int64_t group, first_tile, tiles, first_panel, panels;
 };
 
-constexpr int64_t kWinogradTiles = 128;  // whose filter gradients are summed at once: at most 130
-
-struct WinogradPlan {            // see winograd_loops.h
-  int64_t rows, columns, tiles;  // of 4 x 4 pixels: of an image, and of all images
-  int64_t pad[2];
-  int64_t blocks, block_depth;                        // of the channels that are summed
-  int64_t groups, tiles_per_group;                    // tiles that are transformed together
-  bool is_shared;                                     // few groups: tasks are panels of a group
-  int64_t rows_per_task;                              // input channels, for the filter gradient
-  int64_t pairs;                                      // of tiles, for the filter gradient
-  int64_t input_offset, worker_offset, worker_bytes;  // of scratch
-};
-
 struct Plan {
-  // Winograd: this, `source`, `source_channels`, `result`, `columns`, `panels` and `scratch_bytes` count.
+  // Winograd: only this and `scratch_bytes` count.
   bool is_winograd;
   WinogradPlan winograd;
 
-  // Depthwise (see depthwise_loops.h): only these, `source`, `result`, `worker_bytes` and `scratch_bytes`
-  // count.
-  bool is_depthwise, is_narrow;
-  int64_t safe_terms;  // that a sum surely holds
+  // Depthwise: only this and `scratch_bytes` count.
+  bool is_depthwise;
+  DepthwisePlan depthwise;
 
   KernelShape shape;
   Limbs lhs_limbs, rhs_limbs;

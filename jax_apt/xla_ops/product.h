@@ -76,6 +76,7 @@ struct KernelShape {
   int64_t kc;             // depth of a cache block, where the depth is not that of a filter
   double serial;          // multiply-adds that take one thread as long as it takes to wake another
   bool has_winograd;      // 16-bit elements whose int32 sums wrap
+  bool is_nonnegative;    // bytes of lhs are codes of one limb, none negative; else codes + 128
 };
 
 struct Plan;
@@ -103,6 +104,7 @@ struct Kernels {
   void (*run)(const Plan&, const Product&, uint8_t* scratch, Parallel&);
   QuantizeFn quantize;
   MaxPoolGradientFn max_pool_gradient;
+  const Kernels* nonnegative;  // quicker for lhs without negative codes, or null
 };
 
 extern const Kernels kScalarKernels;
@@ -111,6 +113,10 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAmxKernels;
+#endif
+#ifdef JAX_APT_ARM64
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonI8mmKernels;
 #endif
 
 }  // namespace jax_apt

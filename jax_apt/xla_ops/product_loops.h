@@ -34,6 +34,7 @@ class Driver {
   using Lhs = typename K::Lhs;
   using Rhs = typename K::Rhs;
   static constexpr bool kIsBytes = sizeof(Lhs) == 1;
+  static constexpr int64_t kLhsOffset = K::kIsNonnegative ? 0 : 128;  // of the top limb's bytes
   static constexpr int64_t kTile = K::kMr * K::kNr;
   static constexpr int64_t kChunkBytes = 32768;
   static constexpr int64_t kPanelsBytes = 256 * 1024;  // of rhs that stay in L2 beside a block of lhs
@@ -102,15 +103,32 @@ class Driver {
     const Image image{product.lhs,      p.grid, p.source, p.step, &p.image_shift[index * kSpace],
                       p.source_channels};
     const Limb which = p.lhs_limbs.limb[limb];
-    if (!p.is_lhs_channels)
-      return image.Fill(which, first, count, LhsImage(limb) + (index * p.points + first) * p.lhs_stride);
+    if (!p.is_lhs_channels) {
+      Lhs* points = LhsImage(limb) + (index * p.points + first) * p.lhs_stride;
+      image.Fill(which, first, count, points);
+      return TakeOffset(points, count * p.source_channels);
+    }
+    if (K::kIsNonnegative && first + count == p.points) ClearBehind(limb, index);
     auto* pixels = reinterpret_cast<Lhs*>(Worker(worker));
     for (int64_t i = 0; i < count; i += kPixelChunk) {
       const int64_t some = Min(kPixelChunk, count - i);
       image.Fill(which, first + i, some, pixels);
+      TakeOffset(pixels, some * p.source_channels);
       Transpose(pixels, some, p.source_channels,
                 LhsImage(limb) + index * p.source_channels * p.lhs_stride + first + i, p.lhs_stride);
     }
+  }
+
+  // A tap reads past the last pixel, where the low limbs of rhs have digits: no byte may be negative there.
+  void ClearBehind(int limb, int64_t index) {
+    for (int64_t c = 0; c < p.source_channels; ++c)
+      __builtin_memset(LhsImage(limb) + (index * p.source_channels + c) * p.lhs_stride + p.points, 0,
+                       (p.lhs_stride - p.points) * sizeof(Lhs));
+  }
+
+  static void TakeOffset(Lhs* bytes, int64_t count) {
+    if constexpr (K::kIsNonnegative)
+      for (int64_t i = 0; i < count; ++i) bytes[i] ^= 0x80;
   }
 
   // A block of pixels of dy for all panels of all groups.
@@ -227,21 +245,21 @@ class Driver {
     }
   }
 
-  // The depth is contiguous in memory.
+  // The depth is contiguous in memory: `columns` takes kWordColumns of them, which become rows of words.
   void PackAlong(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t width, Rhs* words,
-                 Lhs* column) const {
+                 Lhs* columns) const {
     const int64_t tap = segment.depth / segment.pieces;
-    auto* out = reinterpret_cast<uint32_t*>(words);
-    for (int64_t k = segment.depth; k < padded; ++k) column[k] = ZeroDigit(Lhs{});
-    for (int64_t c = 0; c < K::kNr; ++c) {
-      if (c >= width) {
-        for (int64_t g = 0; g < padded / K::kGroup; ++g) out[g * K::kNr + c] = 0;
-        continue;
+    for (int64_t c = 0; c < K::kNr; c += kWordColumns) {
+      for (int64_t i = 0; i < kWordColumns; ++i) {
+        Lhs* column = columns + i * padded;
+        const int64_t filled = c + i < width ? segment.depth : 0;
+        for (int64_t k = filled; k < padded; ++k) column[k] = ZeroDigit(Lhs{});
+        for (int j = 0; filled != 0 && j < segment.pieces; ++j)
+          ReadLimb(product.rhs, limb,
+                   start + (c + i) * p.rhs_lane_step + p.pieces[segment.first_piece + j].rhs, tap,
+                   column + j * tap);
       }
-      for (int i = 0; i < segment.pieces; ++i)
-        ReadLimb(product.rhs, limb, start + c * p.rhs_lane_step + p.pieces[segment.first_piece + i].rhs, tap,
-                 column + i * tap);
-      for (int64_t g = 0; g < padded / K::kGroup; ++g) out[g * K::kNr + c] = Word(column + g * K::kGroup);
+      InterleaveColumns(columns, padded, padded / K::kGroup, reinterpret_cast<uint32_t*>(words) + c, K::kNr);
     }
   }
 
@@ -353,7 +371,7 @@ class Driver {
       rest = 0;
       if constexpr (kIsBytes) {
         const int64_t* sums = d.DigitSums(packed, phase);
-        const int64_t offset = int64_t{128} << (8 * (d.p.lhs_limbs.count - 1));
+        const int64_t offset = kLhsOffset << (8 * (d.p.lhs_limbs.count - 1));
         for (int64_t c = 0; c < K::kNr; ++c) {
           int64_t sum = 0;
           for (int b = 0; b < phase.blocks; ++b) sum += sums[b * K::kNr + c];
@@ -424,7 +442,7 @@ class Driver {
   // Sums of the codes of lhs, where they are bytes.
   void SumRows(const Phase& phase, int64_t start, int rows, int64_t* sums) const {
     if constexpr (kIsBytes) {
-      const int64_t offset = int64_t{128} << (8 * (p.lhs_limbs.count - 1));
+      const int64_t offset = kLhsOffset << (8 * (p.lhs_limbs.count - 1));
       for (int b = 0; b < phase.blocks; ++b) {
         const Block& block = p.blocks[phase.first_block + b];
         for (int s = 0; s < block.segments; ++s) {
@@ -548,8 +566,9 @@ void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Para
 // ---- What the unit offers --------------------------------------------------------------------------------
 
 template <class K>
-constexpr Kernels KernelsOf(const char* name) {
-  constexpr KernelShape kShape = {K::kMr, K::kNr,     K::kRowUnit,    K::kDepthUnit, sizeof(typename K::Lhs),
-                                  K::kKc, K::kSerial, K::kHasWinograd};
-  return {name, kShape, RunProduct<K>, Quantize, MaxPoolGradient};
+constexpr Kernels KernelsOf(const char* name, const Kernels* nonnegative = nullptr) {
+  constexpr KernelShape kShape = {
+      K::kMr, K::kNr,     K::kRowUnit,     K::kDepthUnit,    sizeof(typename K::Lhs),
+      K::kKc, K::kSerial, K::kHasWinograd, K::kIsNonnegative};
+  return {name, kShape, RunProduct<K>, Quantize, MaxPoolGradient, nonnegative};
 }

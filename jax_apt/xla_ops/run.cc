@@ -53,6 +53,31 @@ std::vector<Plan> MakePlans(const Kernels& kernels, const std::vector<Product>& 
   return plans;
 }
 
+bool IsNonnegative(const uint8_t* bytes, int64_t count) {
+  constexpr int64_t kRun = 4096;
+  for (int64_t start = 0; start < count; start += kRun) {
+    uint8_t all = 255;
+    for (int64_t i = start; i < std::min(count, start + kRun); ++i) all &= bytes[i];
+    if (all < 128) return false;
+  }
+  return true;
+}
+
+int64_t LhsSize(const Product& product) {
+  const Geometry& g = product.geometry;
+  return product.kind == Kind::kInputGradient ? g.batch * Volume(g.out) * g.out_channels
+                                              : g.batch * Volume(g.in) * g.in_channels;
+}
+
+// A ReLU's output, say, may have kernels of its own.
+const Kernels& Choose(const Kernels& kernels, const std::vector<Product>& products) {
+  if (kernels.nonnegative == nullptr || products[0].geometry.groups != 1) return kernels;
+  if (IsWinograd(products[0], kernels.shape)) return kernels;
+  for (const Product& product : products)
+    if (product.lhs.bits > 8 || !IsNonnegative(product.lhs.plane[0], LhsSize(product))) return kernels;
+  return *kernels.nonnegative;
+}
+
 double MultiplyAdds(const Product& product) {  // of limbs
   const Geometry& g = product.geometry;
   return static_cast<double>(g.batch) * Volume(g.out) * Volume(g.window) *
@@ -67,8 +92,9 @@ bool IsSmall(const Kernels& kernels, const Product& product, int64_t count) {
   return MultiplyAdds(product) * static_cast<double>(count) < serial;
 }
 
-bool RunProducts(const Kernels& kernels, const std::vector<Product>& products, Parallel& parallel) {
+bool RunProducts(const Kernels& isa, const std::vector<Product>& products, Parallel& parallel) {
   if (products.empty() || IsEmpty(products[0])) return true;
+  const Kernels& kernels = Choose(isa, products);
   // Small products are handed out whole, large ones are split among the threads themselves.
   const bool is_whole = products.size() > 1 && IsSmall(kernels, products[0], 1);
   const std::vector<Plan> plans = MakePlans(kernels, products, is_whole ? 1 : parallel.workers());

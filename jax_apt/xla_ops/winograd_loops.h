@@ -114,13 +114,13 @@ template <class K>
 class Winograd : WinogradTransforms {
  public:
   Winograd(const Plan& plan, const Product& product, uint8_t* scratch)
-      : p(plan), w(plan.winograd), product(product), scratch(scratch) {}
+      : w(plan.winograd), product(product), scratch(scratch) {}
 
   void Run(Parallel& parallel) {
     parallel.Run(
-        p.panels * w.blocks + (w.is_shared ? w.groups : 0),
+        w.panels * w.blocks + (w.is_shared ? w.groups : 0),
         [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
-    const int64_t tasks = w.groups * (w.is_shared ? p.panels : 1);
+    const int64_t tasks = w.groups * (w.is_shared ? w.panels : 1);
     parallel.Run(
         tasks, [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); }, this);
   }
@@ -128,7 +128,6 @@ class Winograd : WinogradTransforms {
  private:
   static_assert(K::kNr == kLanes && sizeof(typename K::Lhs) == 2, "panels of 16 columns");
 
-  const Plan& p;
   const WinogradPlan& w;
   const Product& product;
   uint8_t* const scratch;
@@ -155,8 +154,8 @@ class Winograd : WinogradTransforms {
   int64_t ProductPlane() const { return (w.tiles_per_group + K::kMr) * kLanes; }
 
   void Prepare(int64_t task) {
-    if (task < p.panels * w.blocks) return TransformWeights(task / w.blocks, task % w.blocks);
-    TransformInput(task - p.panels * w.blocks, 0);
+    if (task < w.panels * w.blocks) return TransformWeights(task / w.blocks, task % w.blocks);
+    TransformInput(task - w.panels * w.blocks, 0);
   }
 
   // ---- Weights
@@ -179,7 +178,7 @@ class Winograd : WinogradTransforms {
   void ReadTap(int tap, int64_t depth, int64_t column, int16_t (*out)[kLanes]) const {
     const Geometry& g = product.geometry;
     const int64_t rows = IsForward() ? g.in_channels : g.out_channels;
-    const int64_t depths = Min(kLanes, rows - depth), columns = Min(kLanes, p.columns - column);
+    const int64_t depths = Min(kLanes, rows - depth), columns = Min(kLanes, w.columns - column);
     const uint8_t* from = product.rhs.plane[0] + tap * g.in_channels * g.out_channels;
     for (int64_t i = 0; i < kLanes; ++i)
       for (int64_t c = 0; c < kLanes; ++c) {
@@ -202,16 +201,16 @@ class Winograd : WinogradTransforms {
     const int64_t first = group * w.tiles_per_group;
     const int64_t tiles = Min(w.tiles_per_group, w.tiles - first);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t x = (first + t) % w.columns, y = (first + t) / w.columns % w.rows;
-      const int64_t n = (first + t) / w.columns / w.rows;
+      const int64_t x = (first + t) % w.tile_columns, y = (first + t) / w.tile_columns % w.tile_rows;
+      const int64_t n = (first + t) / w.tile_columns / w.tile_rows;
       TransformTile(n, 4 * y - w.pad[0], 4 * x - w.pad[1], out + t * Depth());
     }
   }
 
   void TransformTile(int64_t n, int64_t y, int64_t x, int16_t* out) const {
-    const int64_t channels = p.source_channels;
+    const int64_t channels = w.source_channels;
     const uint8_t* pixel[kPlanes];
-    FindPixels<6>(product.lhs, p.source, channels, n, y, x, pixel);
+    FindPixels<6>(product.lhs, w.source, channels, n, y, x, pixel);
     for (int64_t c = 0; c < Depth(); c += kLanes)
       Both<6, 6, Codes>(
           Input, [&](int i, int j) { return ReadPixel(pixel[6 * i + j], c, channels - c); },
@@ -223,10 +222,10 @@ class Winograd : WinogradTransforms {
   // ---- Products
 
   void Multiply(int64_t task, int worker) const {
-    const int64_t group = w.is_shared ? task / p.panels : task;
+    const int64_t group = w.is_shared ? task / w.panels : task;
     if (!w.is_shared) TransformInput(group, worker);
-    if (w.is_shared) return MultiplyPanel(group, task % p.panels, worker);
-    for (int64_t panel = 0; panel < p.panels; ++panel) MultiplyPanel(group, panel, worker);
+    if (w.is_shared) return MultiplyPanel(group, task % w.panels, worker);
+    for (int64_t panel = 0; panel < w.panels; ++panel) MultiplyPanel(group, panel, worker);
   }
 
   void MultiplyPanel(int64_t group, int64_t panel, int worker) const {
@@ -266,12 +265,13 @@ class Winograd : WinogradTransforms {
   void Store(int64_t tile, int64_t panel, const int32_t* totals) const {
     const float low = PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent));
     const float high = PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent));
-    const int64_t x = tile % w.columns * 4, y = tile / w.columns % w.rows * 4, n = tile / w.columns / w.rows;
-    const int64_t width = Min(kLanes, p.columns - panel * kLanes);
-    for (int64_t i = 0; i < Min(4, p.result[1] - y); ++i)
-      for (int64_t j = 0; j < Min(4, p.result[2] - x); ++j) {
+    const int64_t x = tile % w.tile_columns * 4, y = tile / w.tile_columns % w.tile_rows * 4,
+                  n = tile / w.tile_columns / w.tile_rows;
+    const int64_t width = Min(kLanes, w.columns - panel * kLanes);
+    for (int64_t i = 0; i < Min(4, w.result[1] - y); ++i)
+      for (int64_t j = 0; j < Min(4, w.result[2] - x); ++j) {
         float* out =
-            product.out + ((n * p.result[1] + y + i) * p.result[2] + x + j) * p.columns + panel * kLanes;
+            product.out + ((n * w.result[1] + y + i) * w.result[2] + x + j) * w.columns + panel * kLanes;
         const int32_t* from = totals + (4 * i + j) * kLanes;
         if (width == kLanes) {
           for (int64_t c = 0; c < kLanes; ++c) out[c] = static_cast<float>(from[c]) * low * high;
@@ -292,13 +292,13 @@ template <class K>
 class WinogradFilterGradient : WinogradTransforms {
  public:
   WinogradFilterGradient(const Plan& plan, const Product& product, uint8_t* scratch)
-      : p(plan), w(plan.winograd), g(product.geometry), product(product), scratch(scratch) {}
+      : w(plan.winograd), g(product.geometry), product(product), scratch(scratch) {}
 
   void Run(Parallel& parallel) {
     const int64_t chunks = CeilDiv(w.pairs, kPairsPerTask);
     parallel.Run(chunks, [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
     parallel.Run(
-        CeilDiv(g.in_channels, w.rows_per_task) * p.panels,
+        CeilDiv(g.in_channels, w.rows_per_task) * w.panels,
         [](void* self, int64_t task, int worker) { Self(self)->Sum(task, worker); }, this);
   }
 
@@ -306,7 +306,6 @@ class WinogradFilterGradient : WinogradTransforms {
   static constexpr int64_t kTiles = kWinogradTiles, kPairsPerTask = 4;
   static_assert(K::kNr == kLanes && K::kGroup == 2 && sizeof(typename K::Lhs) == 2, "words of 16 columns");
 
-  const Plan& p;
   const WinogradPlan& w;
   const Geometry& g;
   const Product& product;
@@ -330,7 +329,7 @@ class WinogradFilterGradient : WinogradTransforms {
       for (int64_t c = 0; c < Channels(); c += kLanes)
         TransformPair<6>(Input, x, c, g.in_channels - c,
                          [&](int plane) { return InputOf(plane, pair) + 2 * c; });
-      for (int64_t panel = 0; panel < p.panels; ++panel)
+      for (int64_t panel = 0; panel < w.panels; ++panel)
         TransformPair<4>(Gradient, dy, panel * kLanes, g.out_channels - panel * kLanes,
                          [&](int plane) { return GradientOf(panel, plane, pair); });
     }
@@ -338,8 +337,9 @@ class WinogradFilterGradient : WinogradTransforms {
 
   // A tile after the last is zeros.
   void FindTile(int64_t tile, const uint8_t** x, const uint8_t** dy) const {
-    const int64_t column = tile % w.columns * 4, row = tile / w.columns % w.rows * 4;
-    const int64_t n = tile / w.columns / w.rows, beyond = tile < w.tiles ? 0 : g.in[1] + g.out[1] + 8;
+    const int64_t column = tile % w.tile_columns * 4, row = tile / w.tile_columns % w.tile_rows * 4;
+    const int64_t n = tile / w.tile_columns / w.tile_rows,
+                  beyond = tile < w.tiles ? 0 : g.in[1] + g.out[1] + 8;
     FindPixels<6>(product.lhs, g.in, g.in_channels, n, row - w.pad[0] + beyond, column - w.pad[1], x);
     FindPixels<4>(product.rhs, g.out, g.out_channels, n, row + beyond, column, dy);
   }
@@ -356,7 +356,7 @@ class WinogradFilterGradient : WinogradTransforms {
   }
 
   void Sum(int64_t task, int worker) const {
-    const int64_t panel = task % p.panels, first = task / p.panels * w.rows_per_task;
+    const int64_t panel = task % w.panels, first = task / w.panels * w.rows_per_task;
     const int64_t rows = Min(w.rows_per_task, g.in_channels - first);
     auto* totals = reinterpret_cast<int64_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
     auto* products = reinterpret_cast<int32_t*>(totals + w.rows_per_task * 9 * kLanes);
