@@ -51,6 +51,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         batch = [own_rows(rows, x) for x in make_batch(i, args.batch)]
         carried, loss = step(carried, *batch)
+        loss.block_until_ready()  # no process runs ahead of the others' checkpoints
         if args.process == 0:
             log(args.run / "log.jsonl", i, args.processes, loss, carried[2])
             if (i + 1) % args.save_every == 0:
