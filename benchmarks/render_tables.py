@@ -96,7 +96,7 @@ def render(everything: dict[str, dict[str, dict]]) -> str:
 
 
 def _about(key: str, documents: dict[str, dict]) -> str:
-    newest = max(documents.values(), key=lambda document: document["when"])
+    newest = max(documents.values(), key=lambda document: (bool(document["ceilings"]), document["when"]))
     machine, versions = newest["machine"], newest["machine"]["versions"]
     software = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch") if versions.get(name))
     ceilings = ", ".join(f"{name} {gops:.0f}" for name, gops in newest["ceilings"].items())

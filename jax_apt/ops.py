@@ -43,6 +43,7 @@ class Site(NamedTuple):
     seed: int = 0  # of stochastic rounding
     mesh_axes: tuple[str, ...] = ()  # of a `shard_map` around, along which operands may differ
     copied: tuple[tuple[str, ...], ...] = ((), ())  # of these, those along which lhs and rhs are the same
+    is_settled: bool = False  # formats are read as they are, none is chosen here
 
 
 def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: Array) -> Array:
@@ -79,6 +80,29 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
 
     product.defvjp(forward, backward)
     return product(lhs, rhs, formats, tap)
+
+
+def frozen_product(site: Site, x: Array, weight: Operand, formats: Array) -> Array:
+    """The forward product alone, of a weight that is quantized already.
+
+    Args:
+      site: the product; of its programs only the forward one is used.
+      x: float32, the other operand.
+      weight: the weight, codes as the site's backend keeps them.
+      formats: int32 (2, 4): bits, exponent, whether to measure and training step, of x and w.
+
+    Returns:
+      float32 result.
+    """
+    operand, _ = _quantized(site, X, ("fwd",), x, formats)
+    if site.is_weight_lhs:
+        return _run(site, "fwd", site.programs.forward, (weight, None), (operand, x))
+    return _run(site, "fwd", site.programs.forward, (operand, x), (weight, None))
+
+
+def forward_product(site: Site, lhs: Array, rhs: Array, formats: Array) -> Array:
+    """The forward product alone; both operands are quantized here. Arguments as `frozen_product` has them."""
+    return _forward(site, lhs, rhs, formats)[0]
 
 
 def product_without_weight_gradient(
@@ -161,7 +185,7 @@ def _kept(site: Site, gemm: str, operand: Operand | None, value: Array):
     """Residuals that a later product needs: codes if it is quantized, else the tensor itself."""
     if gemm in site.gemms:
         assert operand is not None
-        return checkpoint_name((operand.number, operand.nonfinite), CODES_NAME), None
+        return (operand.number, operand.nonfinite), None
     return None, value
 
 
@@ -179,16 +203,21 @@ def _quantized(
     if not set(gemms) & set(site.gemms):
         return None, nothing
     bits, exponent, should_measure, step = formats[slot]
-    bits, exponent, measured = lax.cond(
-        should_measure == 1,
-        lambda: _measure(value, bits, exponent, widths, site),
-        lambda: (bits, exponent, nothing),
-    )
+    measured = nothing
+    if not site.is_settled:
+        bits, exponent, measured = lax.cond(
+            should_measure == 1,
+            lambda: _measure(value, bits, exponent, widths, site),
+            lambda: (bits, exponent, nothing),
+        )
     if slot == DY and site.rounding == "stochastic":
         value = round_stochastically(value, exponent, _key(site.seed, step, value))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
+    # Named where they are made: whatever a remat computes again starts from them, and quantizes nothing.
+    number, nonfinite, measured = checkpoint_name((operand.number, operand.nonfinite, measured), CODES_NAME)
+    operand = operand._replace(number=number, nonfinite=nonfinite)
     copied = () if slot == DY else site.copied[_slots(site).index(slot)]
-    return operand, measured._replace(nonfinite=_counted_once(operand.nonfinite, copied))
+    return operand, measured._replace(nonfinite=_counted_once(nonfinite, copied))
 
 
 def _counted_once(count: Array, copied: tuple[str, ...]) -> Array:

@@ -293,6 +293,9 @@ class _Planner:
         if _is_integer_product(eqn):
             self._leave(name, eqn, "an integer product is exact already")
             return None
+        if _is_elementwise(eqn):
+            self._leave(name, eqn, "nothing is summed: it multiplies element by element")
+            return None
         index, rule = self._rule_for(name, eqn, parameter)
         if not rule.quantize:
             self._leave(name, eqn, f"rule {str(rule)!r}")
@@ -383,15 +386,22 @@ def _is_integer_product(eqn: JaxprEqn) -> bool:
     return all(jnp.issubdtype(versions.aval(v).dtype, jnp.integer) for v in eqn.invars)
 
 
+def _is_elementwise(eqn: JaxprEqn) -> bool:
+    """A `dot_general` without contracting dimensions, as einsum writes a scale or an outer product."""
+    return eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][0][0]
+
+
 def _check_dtypes(eqn: JaxprEqn, name: str) -> None:
+    """Integers beside floats are fine: the replay takes their float32 value, as XLA does."""
     allowed = (jnp.float32, jnp.bfloat16, jnp.float16)
     for var in (*eqn.invars, *eqn.outvars):
         dtype = versions.aval(var).dtype
-        if dtype not in allowed:
+        is_integer = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+        if dtype not in allowed and not (is_integer and var in eqn.invars):
             raise TypeError(
                 f"layer {name}: {eqn.primitive.name} at {versions.source_line(eqn)} has "
-                f"{dtype} values; apt_quantize takes float32, bfloat16 and float16 (results are "
-                f"float32 sums). Cast them, or leave the layer in float with "
+                f"{dtype} values; apt_quantize takes float32, bfloat16 and float16, and integers beside "
+                f"them (results are float32 sums). Cast them, or leave the layer in float with "
                 f"Rule({name!r}, quantize=False)"
             )
 

@@ -99,12 +99,9 @@ def trace_programs(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Programs:
     dlhs and drhs come from JAX's own transposition rule, so every dimension number, padding, dilation and
     group is covered by it.
     """
-    params = versions.without_out_sharding(eqn.params) | {"preferred_element_type": jnp.dtype(jnp.float32)}
+    forward = _in_float32(eqn)
     lhs = jax.ShapeDtypeStruct(lhs_shape, jnp.float32)
     rhs = jax.ShapeDtypeStruct(rhs_shape, jnp.float32)
-
-    def forward(lhs, rhs):
-        return eqn.primitive.bind(lhs, rhs, **params)
 
     def lhs_gradient(rhs, out):
         return jax.linear_transpose(lambda value: forward(value, rhs), lhs)(out)[0]
@@ -119,6 +116,19 @@ def trace_programs(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Programs:
         Program(jax.make_jaxpr(lhs_gradient)(rhs, out), ("rhs", "out"), "lhs", form),
         Program(jax.make_jaxpr(rhs_gradient)(lhs, out), ("lhs", "out"), "rhs", form),
     )
+
+
+def trace_forward(eqn: JaxprEqn, lhs_shape, rhs_shape) -> Program:
+    """The forward product alone; sizes other than its depth may be symbolic, except on the native backend."""
+    lhs = jax.ShapeDtypeStruct(lhs_shape, jnp.float32)
+    rhs = jax.ShapeDtypeStruct(rhs_shape, jnp.float32)
+    form = as_native(eqn, lhs_shape, rhs_shape)
+    return Program(jax.make_jaxpr(_in_float32(eqn))(lhs, rhs), ("lhs", "rhs"), "out", form)
+
+
+def _in_float32(eqn: JaxprEqn) -> Callable[[Array, Array], Array]:
+    params = versions.without_out_sharding(eqn.params) | {"preferred_element_type": jnp.dtype(jnp.float32)}
+    return lambda lhs, rhs: eqn.primitive.bind(lhs, rhs, **params)
 
 
 def check_sums_fit(programs: Programs, lhs_bits: int, rhs_bits: int, out_bits: int) -> None:

@@ -131,7 +131,7 @@ class AptFunction:
           *args, **kwargs: the rest of `fn`'s arguments.
 
         Raises:
-          TypeError: a product's operands are not float32, bfloat16 or float16; the message has your line.
+          TypeError: a product of float64 or complex operands; the message has your line.
           RuntimeError: a backend that was asked for cannot run here.
 
         Warns:
@@ -298,7 +298,7 @@ class _Replayer:
             inputs = [read(v) for v in eqn.invars]
             node = plan.nodes.get(i)
             if node is None:
-                out = versions.bind(eqn, inputs)
+                out = self._plain(eqn, inputs)
                 same_along |= dict.fromkeys(eqn.outvars, versions.spread_axes(eqn))
             elif isinstance(node, MaxPool):
                 out = [max_pool(eqn, *inputs)]
@@ -311,6 +311,9 @@ class _Replayer:
                 out = self._nested(eqn, node, inputs, own)
             values |= dict(zip(eqn.outvars, out, strict=True))
         return [read(v) for v in plan.jaxpr.jaxpr.outvars]
+
+    def _plain(self, eqn: JaxprEqn, inputs) -> list:
+        return versions.bind(eqn, inputs)
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
         lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)

@@ -515,9 +515,9 @@ def test_product_under_jit(isa, kind, bits):
 @pytest.mark.parametrize(
     "geometry",
     [
-        matrices(301, 290, 303),  # one product, split among the threads
-        matrices(130, 1100, 140, count=3),  # products that are split, one after the other
-        matrices(33, 65, 31, count=40),  # small products, each on one thread
+        matrices(401, 390, 403),  # one product, split among the threads
+        matrices(130, 2100, 180, count=3),  # products that are split, one after the other
+        matrices(33, 65, 31, count=800),  # small products, each on one thread
         matrices(1, 9, 1, count=1000),
         matrices(1, 40000, 50, count=2),
         convolution((30, 31), 33, 70, (3, 3), batch=3, pad=(1, 1)),
@@ -610,7 +610,7 @@ def test_scan_and_remat():
 
 
 def test_threads_may_call_at_once():
-    geometry = convolution((17, 19), 33, 70, (3, 3), batch=2, pad=(1, 1))
+    geometry = convolution((17, 19), 33, 70, (3, 3), batch=5, pad=(1, 1))
     codes, (x, y) = jax_operands(np.random.default_rng(14), "forward", geometry, (8, 16))
     expected = oracle("forward", geometry, *codes, (8, 0, 16, 0))
     product = jax.jit(

@@ -20,7 +20,8 @@ def options(claim: str, rounds: int, block_ms: float, argv: list[str] | None = N
     parser.add_argument("--threads", type=int, default=min(2, cores), help="cores for every contender")
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds; medians are quoted")
     parser.add_argument("--block-ms", type=float, default=block_ms, help="length of one timed block")
-    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--only", default="", help="cases whose name holds one of these texts, by comma")
+    parser.add_argument("--merge", action="store_true", help="put the rows in the file of all cases")
     parser.add_argument("--without", default="", help="contenders to leave out, by comma: torch,aqt")
     parser.add_argument("--nonnegative", action="store_true", help="activations are a ReLU's output")
     parser.add_argument("--huge-pages", action="store_true", help="glibc.malloc.hugetlb=1 for all contenders")
@@ -54,13 +55,13 @@ def run(
     start = time.monotonic()
     about = machine.describe(args.threads)
     print(f"{about['cpu']}, {args.threads} threads, ISA {about['isa']}", file=sys.stderr)
-    measured = ceilings.measure(args.threads)
+    measured = ceilings.measure(args.threads) if args.rounds > 1 else {}  # once: nothing is timed
     kinds = [kind for kind in ENVIRONMENTS if kind not in args.without.split(",")]
     cases = [case | ({"nonnegative": True} if args.nonnegative else {}) for case in cases]
     pace, rows, unavailable = Pace(args.rounds, args.block_ms / 1000), [], {}
     with Team(kinds, args.threads) as team:
         for case in cases:
-            if args.only not in case["name"]:
+            if not any(text in case["name"] for text in args.only.split(",")):
                 continue
             chosen = _without(contenders(case), args.without, kinds)
             print(f"{case['name']} ...", file=sys.stderr)
@@ -107,11 +108,15 @@ def _with_ceilings(rows: list[dict], measured: dict[str, float], isa: str) -> li
 def _save(benchmark: str, document: dict, args: argparse.Namespace) -> None:
     parts = [benchmark, os.environ.get("JAX_APT_ISA"), args.nonnegative and "nonnegative"]
     parts += [args.huge_pages and "huge-pages", args.threads != 2 and f"{args.threads}-threads"]
-    parts += [args.only and "only-" + "".join(c if c.isalnum() else "-" for c in args.only)]
+    if not args.merge:
+        parts += [args.only and "only-" + "".join(c if c.isalnum() else "-" for c in args.only)]
     name = "@".join(str(part) for part in parts if part)
     if args.quick and args.out is None:
         return
-    path = results.save(name, document, pathlib.Path(args.out) if args.out else None)
+    folder = pathlib.Path(args.out) if args.out else None
+    if args.merge:
+        document = results.merged(name, document, folder)
+    path = results.save(name, document, folder)
     print(f"{path} ({document['seconds']} s)", file=sys.stderr)
 
 

@@ -91,11 +91,14 @@ def _apt(case: dict, acts: int, weights: int, grads: int) -> tuple[Calls, dict]:
 def _measured_state(q: apt.AptFunction, w, x, dy) -> apt.AptState:
     """The state after one training step whose output gradient is dy: formats that fit."""
 
-    def loss(params, state):
+    def loss(params, state, x, dy):
         return jnp.vdot(q.apply(params, state, x), dy)
 
-    step = jax.jit(lambda params, state: apt.value_and_grad(loss, q)(params, state)[2])
-    return step({"w": w}, q.init({"w": w}, x))
+    @jax.jit  # operands are arguments: XLA would spend seconds on products of constants
+    def step(params, state, x, dy):
+        return apt.value_and_grad(loss, q)(params, state, x, dy)[2]
+
+    return step({"w": w}, q.init({"w": w}, x), x, dy)
 
 
 def _check(case: dict, q: apt.AptFunction, state: apt.AptState, calls: Calls) -> dict[str, dict[str, float]]:

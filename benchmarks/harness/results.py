@@ -61,6 +61,25 @@ def save(benchmark: str, document: dict, folder: pathlib.Path | None = None) -> 
     return path
 
 
+def merged(benchmark: str, document: dict, folder: pathlib.Path | None = None) -> dict:
+    """The document with the rows of the file that are there already and that it lacks; means are of all rows.
+
+    A row that another run measured keeps its ratios, which are of that run; "machine", "settings" and
+    "ceilings" are those of the last one.
+    """
+    path = (folder or FOLDER / cpu_key()) / f"{benchmark}.json"
+    if not path.exists():
+        return document
+    before, new = json.loads(path.read_text()), {(row["name"], row["pass"]) for row in document["rows"]}
+    rows = [row for row in before["rows"] if (row["name"], row["pass"]) not in new] + document["rows"]
+    return document | {
+        "seconds": before["seconds"] + document["seconds"],
+        "unavailable": before["unavailable"] | document["unavailable"],
+        "rows": rows,
+        "means": group_means(rows),
+    }
+
+
 def load_all(folder: pathlib.Path = FOLDER) -> dict[str, dict[str, dict]]:
     """Documents by processor key, then by benchmark."""
     found: dict[str, dict[str, dict]] = {}

@@ -7,6 +7,10 @@
 #if defined(JAX_APT_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(JAX_APT_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(JAX_APT_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace jax_apt {
@@ -30,6 +34,24 @@ bool HasCpuidBit(unsigned leaf, unsigned subleaf, int reg, int bit) {
 }
 #endif
 
+#ifdef JAX_APT_ARM64
+#ifdef __APPLE__
+bool HasArmFeature(const char* name) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool HasDotProduct() { return HasArmFeature("hw.optional.arm.FEAT_DotProd"); }
+bool HasI8mm() { return HasArmFeature("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+bool HasDotProduct() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }  // HWCAP_ASIMDDP
+bool HasI8mm() { return (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }       // HWCAP2_I8MM
+#else
+bool HasDotProduct() { return false; }
+bool HasI8mm() { return false; }
+#endif
+#endif
+
 std::vector<const Kernels*> Detect() {
   std::vector<const Kernels*> found;
 #ifdef JAX_APT_X86
@@ -49,6 +71,12 @@ std::vector<const Kernels*> Detect() {
   if (has_vnni) found.push_back(&kAvx512VnniKernels);
   if (has_avx2 && has_leaf7 && HasCpuidBit(7, 1, 0, 4)) found.push_back(&kAvxVnniKernels);
   if (has_avx2) found.push_back(&kAvx2Kernels);
+#endif
+#ifdef JAX_APT_ARM64
+  // Tested under emulation, bit for bit, but not timed: "auto" takes them, since with the same results the
+  // dot product does at once what the plain loops do in many steps.
+  if (HasDotProduct() && HasI8mm()) found.push_back(&kNeonI8mmKernels);
+  if (HasDotProduct()) found.push_back(&kNeonKernels);
 #endif
   found.push_back(&kScalarKernels);
   return found;

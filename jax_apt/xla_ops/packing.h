@@ -106,37 +106,48 @@ struct Image {
   }
 };
 
+#if defined(__SSE2__) || defined(__ARM_NEON)
 #ifdef __SSE2__
+using Bytes16 = __m128i;
+Bytes16 LoadBytes(const uint8_t* in) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)); }
+void StoreBytes(uint8_t* out, Bytes16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), a); }
+Bytes16 ZipLow(Bytes16 a, Bytes16 b) { return _mm_unpacklo_epi8(a, b); }
+Bytes16 ZipHigh(Bytes16 a, Bytes16 b) { return _mm_unpackhi_epi8(a, b); }
+#else
+using Bytes16 = uint8x16_t;
+Bytes16 LoadBytes(const uint8_t* in) { return vld1q_u8(in); }
+void StoreBytes(uint8_t* out, Bytes16 a) { vst1q_u8(out, a); }
+Bytes16 ZipLow(Bytes16 a, Bytes16 b) { return vzip1q_u8(a, b); }
+Bytes16 ZipHigh(Bytes16 a, Bytes16 b) { return vzip2q_u8(a, b); }
+#endif
 // 16 x 16 bytes: rows of `in` become columns of `out`. Four rounds of interleaving rows i and i + 8.
 void Transpose16(const uint8_t* in, int64_t in_step, uint8_t* out, int64_t out_step) {
-  __m128i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_step));
+  Bytes16 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = LoadBytes(in + i * in_step);
   for (int round = 0; round < 4; ++round) {
     for (int i = 0; i < 8; ++i) {
-      b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-      b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+      b[2 * i] = ZipLow(a[i], a[i + 8]);
+      b[2 * i + 1] = ZipHigh(a[i], a[i + 8]);
     }
     for (int i = 0; i < 16; ++i) a[i] = b[i];
   }
-  for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_step), a[i]);
+  for (int i = 0; i < 16; ++i) StoreBytes(out + i * out_step, a[i]);
 }
 constexpr int64_t kTransposeBytes = 16;
 #else
-void Transpose16(const uint8_t*, int64_t, uint8_t*, int64_t) {}
-constexpr int64_t kTransposeBytes = 0;
+void Transpose16(const uint8_t* in, int64_t, uint8_t* out, int64_t) { *out = *in; }
+constexpr int64_t kTransposeBytes = 1;
 #endif
 
 // (pixels, channels) -> (channels, pixels); `pixels` is at most kPixelChunk.
 inline void Transpose(const uint8_t* in, int64_t pixels, int64_t channels, uint8_t* out, int64_t out_step) {
   int64_t done = 0;
-  if (kTransposeBytes != 0) {
-    for (; done + kTransposeBytes <= channels; done += kTransposeBytes)
-      for (int64_t i = 0; i + kTransposeBytes <= pixels; i += kTransposeBytes)
-        Transpose16(in + i * channels + done, channels, out + done * out_step + i, out_step);
-    const int64_t rest = pixels / kTransposeBytes * kTransposeBytes;
-    for (int64_t c = 0; c < done; ++c)
-      for (int64_t i = rest; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
-  }
+  for (; done + kTransposeBytes <= channels; done += kTransposeBytes)
+    for (int64_t i = 0; i + kTransposeBytes <= pixels; i += kTransposeBytes)
+      Transpose16(in + i * channels + done, channels, out + done * out_step + i, out_step);
+  const int64_t rest = pixels / kTransposeBytes * kTransposeBytes;
+  for (int64_t c = 0; c < done; ++c)
+    for (int64_t i = rest; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
   for (int64_t c = done; c < channels; ++c)
     for (int64_t i = 0; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
 }
@@ -166,16 +177,34 @@ inline void Interleave(const int16_t* const* row, int64_t columns, uint32_t* __r
     words[c] = static_cast<uint16_t>(r0[c]) | static_cast<uint32_t>(static_cast<uint16_t>(r1[c])) << 16;
 }
 
-inline uint32_t Word(const uint8_t* elements) {
-  uint32_t word;
-  __builtin_memcpy(&word, elements, 4);
-  return word ^ 0x80808080u;
-}
+constexpr uint32_t DigitMask(uint8_t) { return 0x80808080u; }
+constexpr uint32_t DigitMask(int16_t) { return 0; }
 
-inline uint32_t Word(const int16_t* elements) {
-  uint32_t word;
-  __builtin_memcpy(&word, elements, 4);
-  return word;
+// The words of 4 columns, `step` elements apart, become rows of 4, `out_step` words apart.
+template <class Element>
+void InterleaveColumns(const Element* columns, int64_t step, int64_t words, uint32_t* out, int64_t out_step) {
+  using Four = uint32_t __attribute__((vector_size(16)));
+  constexpr int64_t kGroup = 4 / sizeof(Element);
+  const Four mask = Four{} + DigitMask(Element{});
+  int64_t w = 0;
+  for (; w + 4 <= words; w += 4, out += 4 * out_step) {
+    Four a[4];
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(&a[i], columns + i * step + w * kGroup, sizeof(Four));
+    const Four low0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5),
+               high0 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7),
+               low1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5),
+               high1 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+    const Four rows[4] = {__builtin_shufflevector(low0, low1, 0, 1, 4, 5) ^ mask,
+                          __builtin_shufflevector(low0, low1, 2, 3, 6, 7) ^ mask,
+                          __builtin_shufflevector(high0, high1, 0, 1, 4, 5) ^ mask,
+                          __builtin_shufflevector(high0, high1, 2, 3, 6, 7) ^ mask};
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(out + i * out_step, &rows[i], sizeof(Four));
+  }
+  for (; w < words; ++w, out += out_step)
+    for (int64_t i = 0; i < kWordColumns; ++i) {
+      __builtin_memcpy(out + i, columns + i * step + w * kGroup, 4);
+      out[i] ^= DigitMask(Element{});
+    }
 }
 
 // Element whose digit is zero.

@@ -95,6 +95,7 @@ class Planner {
     }
     p.panels = CeilDiv(p.columns, p.shape.nr);
     for (Phase& phase : p.phases) CountTiles(phase);
+    SizePanels();
     ShareOut();
     LayOutScratch();
     return std::move(p);
@@ -373,6 +374,28 @@ class Planner {
     return last.tile + CeilDiv(last.rows, p.shape.mr);
   }
 
+  // ---- Panels
+
+  void SizePanels() {
+    int64_t rhs = 0;
+    for (Phase& phase : p.phases) {
+      const int64_t packed =
+          RoundUp(phase.depth * p.shape.nr * p.shape.element_bytes, kLine) * p.rhs_limbs.count;
+      phase.panel_bytes = RoundUp(packed + phase.blocks * p.shape.nr * int64_t{sizeof(int64_t)}, kLine);
+      phase.rhs_bytes = rhs;
+      rhs += p.panels * phase.panel_bytes;
+    }
+    p.group_rhs_bytes = rhs;
+    p.panels_at_once = std::clamp<int64_t>(p.panels / (2 * workers), 1, kPanelsAtOnce);
+  }
+
+  // Tasks on columns read all rows, tasks on rows need all panels: what is larger should stay on its core.
+  bool DoColumnsStay(int64_t largest_panel) const {
+    const int64_t lhs = p.lhs_elements * p.lhs_limbs.count * p.shape.element_bytes;
+    return p.is_single_block && !p.is_rhs_pixels && p.panels >= 2 * workers &&
+           lhs <= std::max(kBlockBytes, p.panels * largest_panel);
+  }
+
   // ---- Tasks
 
   // A task holds a block of rows in L2 and takes panel after panel of the columns, or, if the rows are few,
@@ -386,7 +409,20 @@ class Planner {
     }
     int64_t all_tiles = 0;
     for (const Phase& phase : p.phases) all_tiles += TilesOf(phase);
-    for (int i = 0; i < static_cast<int>(p.phases.size()); ++i) ShareOut(i, all_tiles);
+    int64_t largest_panel = 0;
+    for (const Phase& phase : p.phases) largest_panel = std::max(largest_panel, phase.panel_bytes);
+    p.is_rhs_own = DoColumnsStay(largest_panel);
+    for (int i = 0; i < static_cast<int>(p.phases.size()); ++i)
+      p.is_rhs_own ? ShareOutColumns(i, largest_panel) : ShareOut(i, all_tiles);
+  }
+
+  void ShareOutColumns(int index, int64_t largest_panel) {
+    const int64_t fit = std::clamp<int64_t>(kBlockBytes / largest_panel, 2, kPanelsAtOnce);
+    const int64_t some = std::min(fit, CeilDiv(p.panels, kTasksPerWorker * workers));
+    for (int64_t group = 0; group < g.groups; ++group)
+      for (int64_t panel = 0; panel < p.panels; panel += some)
+        p.tasks.push_back(
+            {index, group, 0, TilesOf(p.phases[index]), panel, std::min(some, p.panels - panel)});
   }
 
   void ShareOut(int index, int64_t all_tiles) {
@@ -431,39 +467,39 @@ class Planner {
 
   void LayOutScratch() {
     const int64_t element = p.shape.element_bytes;
+    p.is_matrix = IsMatrix();
     p.is_lhs_direct = IsLhsDirect();
     p.lhs_bytes = p.is_lhs_direct ? 0 : RoundUp(p.lhs_elements * p.lhs_limbs.count * element, kLine);
-    int64_t rhs = 0;
-    for (Phase& phase : p.phases) {
-      const int64_t packed = RoundUp(phase.depth * p.shape.nr * element, kLine) * p.rhs_limbs.count;
-      phase.panel_bytes = packed + phase.blocks * p.shape.nr * int64_t{sizeof(int64_t)};
-      phase.panel_bytes = RoundUp(phase.panel_bytes, kLine);
-      phase.rhs_bytes = rhs;
-      rhs += p.panels * phase.panel_bytes;
-    }
-    p.group_rhs_bytes = rhs;
-    p.rhs_bytes = rhs * g.groups;
+    p.rhs_bytes = p.is_rhs_own ? 0 : p.group_rhs_bytes * g.groups;
     int64_t slots = 1;
     if (!p.is_single_block)
       for (const Task& task : p.tasks) slots = std::max(slots, task.tiles * task.panels);
     int64_t temporary = p.is_rhs_pixels ? kPixelChunk * std::max(g.in_channels, g.out_channels) : 0;
     if (p.is_rhs_along)
       for (const Segment& s : p.segments)
-        temporary = std::max(temporary, RoundUp(s.depth, p.shape.depth_unit));
+        temporary = std::max(temporary, kWordColumns * RoundUp(s.depth, p.shape.depth_unit));
     p.temporary_bytes = RoundUp((temporary + kLine) * element, kLine);
-    p.worker_bytes = p.temporary_bytes + RoundUp(slots * SumsBytesPerTile(), kLine);
+    p.own_panels_offset = p.temporary_bytes + RoundUp(slots * SumsBytesPerTile(), kLine);
+    p.worker_bytes = p.own_panels_offset;
+    if (p.is_rhs_own) {
+      int64_t own = 0;
+      for (const Task& task : p.tasks) own = std::max(own, task.panels * p.phases[task.phase].panel_bytes);
+      p.worker_bytes += own;
+    }
     p.lhs_offset = 0;
     p.rhs_offset = p.lhs_bytes;
     p.worker_offset = p.rhs_offset + p.rhs_bytes;
     p.scratch_bytes = p.worker_offset + workers * p.worker_bytes;
   }
 
+  bool IsMatrix() const {
+    return !p.is_lhs_channels && g.batch == 1 && Volume(p.grid) == g.in[2] && Volume(g.window) == 1 &&
+           Volume(g.stride) == 1 && g.pad[2] == 0 && g.in[2] == g.out[2];
+  }
+
   // Bytes of a matrix whose rows and depth need no filling up are read where they are.
   bool IsLhsDirect() const {
-    if (p.is_lhs_channels || p.shape.element_bytes != 1) return false;
-    const bool is_matrix = g.batch == 1 && Volume(p.grid) == g.in[2] && Volume(g.window) == 1 &&
-                           Volume(g.stride) == 1 && g.pad[2] == 0 && g.in[2] == g.out[2];
-    return is_matrix && (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 &&
+    return p.is_matrix && p.shape.element_bytes == 1 && (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 &&
            g.in[2] % p.shape.row_unit == 0;
   }
 };
@@ -498,6 +534,67 @@ Plan MakeDepthwisePlan(const Product& product, int workers) {
   return p;
 }
 
+// A 3x3 convolution of stride 1 in two dimensions, or the input gradient of one, with codes of 8 bits and
+// enough pixels and channels for the transforms to pay.
+bool IsWinograd(const Product& product, const KernelShape& shape) {
+  const Geometry& g = product.geometry;
+  if (!shape.has_winograd || g.groups != 1) return false;
+  if (product.lhs.bits > 8 || product.rhs.bits > 8) return false;
+  if (g.window[0] != 1 || g.window[1] != 3 || g.window[2] != 3 || g.in[0] != g.out[0] || g.pad[0] != 0)
+    return false;
+  for (int d = 0; d < kSpace; ++d)
+    if (g.stride[d] != 1 || (d > 0 && g.dilation[d] != 1)) return false;
+  const int64_t* result = product.kind == Kind::kInputGradient ? g.in : g.out;
+  const int64_t used = result[1] * result[2], made = RoundUp(result[1], 4) * RoundUp(result[2], 4);
+  constexpr int64_t kMinChannels = 16, kMaxChannels = kInt32Max / (9 * 127 * 127);
+  return 2 * used > made && std::min(g.in_channels, g.out_channels) >= kMinChannels &&
+         std::max(g.in_channels, g.out_channels) <= kMaxChannels;
+}
+
+Plan MakeWinogradPlan(const Product& product, const KernelShape& shape, int workers) {
+  constexpr int64_t kLanes = 16, kPlanes = 36, kTiles = 30, kWholeDepth = 224, kBlockDepth = 176;
+  const Geometry& g = product.geometry;
+  const bool is_forward = product.kind != Kind::kInputGradient;
+  Plan p{};
+  p.is_winograd = true;
+  for (int d = 0; d < kSpace; ++d) {
+    p.source[d] = is_forward ? g.in[d] : g.out[d];
+    p.result[d] = is_forward ? g.out[d] : g.in[d];
+  }
+  p.source_channels = is_forward ? g.in_channels : g.out_channels;
+  p.columns = is_forward ? g.out_channels : g.in_channels;
+  p.panels = CeilDiv(p.columns, shape.nr);
+  WinogradPlan& w = p.winograd;
+  // The first dimension is one more of the batch.
+  w.rows = CeilDiv(p.result[1], 4), w.columns = CeilDiv(p.result[2], 4);
+  w.tiles = g.batch * p.result[0] * w.rows * w.columns;
+  for (int d = 0; d < 2; ++d) w.pad[d] = is_forward ? g.pad[d + 1] : 2 - g.pad[d + 1];
+  if (product.kind == Kind::kFilterGradient) {
+    w.pairs = CeilDiv(w.tiles, 2);
+    w.input_offset = kPlanes * w.pairs * 2 * RoundUp(g.in_channels, kLanes) * 2;
+    w.worker_offset = w.input_offset + p.panels * kPlanes * w.pairs * 2 * kLanes * 2;
+    constexpr int64_t kMaxRows = 96;  // whose products stay in L2
+    const int64_t row_tasks = std::max(CeilDiv(g.in_channels, kMaxRows), CeilDiv(2 * workers, p.panels));
+    const int64_t rows = w.rows_per_task = RoundUp(CeilDiv(g.in_channels, row_tasks), shape.mr);
+    w.worker_bytes = rows * kLanes * (9 * int64_t{sizeof(int64_t)} + kPlanes * int64_t{sizeof(int32_t)});
+    p.scratch_bytes = w.worker_offset + workers * w.worker_bytes;
+    return p;
+  }
+  w.blocks = p.source_channels <= kWholeDepth ? 1 : CeilDiv(p.source_channels, kBlockDepth);
+  w.block_depth = RoundUp(CeilDiv(p.source_channels, w.blocks), kLanes);
+  w.tiles_per_group = std::min(kTiles, w.tiles);
+  w.groups = CeilDiv(w.tiles, w.tiles_per_group);
+  w.is_shared = w.groups < kTasksPerWorker * workers;
+  const int64_t weights = p.panels * w.blocks * kPlanes * w.block_depth * kLanes * 2;
+  const int64_t input = kPlanes * (w.tiles_per_group * w.blocks * w.block_depth + 32) * 2;
+  const int64_t products = kPlanes * (w.tiles_per_group + shape.mr) * kLanes * 4;
+  w.input_offset = weights;
+  w.worker_offset = w.input_offset + input * (w.is_shared ? w.groups : workers);
+  w.worker_bytes = products + w.tiles_per_group * 16 * kLanes * 4;
+  p.scratch_bytes = w.worker_offset + workers * w.worker_bytes;
+  return p;
+}
+
 }  // namespace
 
 const char* FindError(const Product& product, int64_t* value) {
@@ -515,6 +612,11 @@ const char* FindError(const Product& product, int64_t* value) {
 }
 
 Plan MakePlan(const Product& product, const KernelShape& shape, int workers) {
+  if (IsWinograd(product, shape)) {
+    constexpr int64_t kMaxScratch = int64_t{1} << 27;  // a filter gradient holds all its tiles
+    Plan plan = MakeWinogradPlan(product, shape, workers);
+    if (plan.scratch_bytes <= kMaxScratch) return plan;
+  }
   if (IsDepthwise(product.geometry)) return MakeDepthwisePlan(product, workers);
   return Planner(product, shape, workers).Make();
 }

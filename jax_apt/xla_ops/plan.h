@@ -23,6 +23,8 @@ namespace jax_apt {
 
 constexpr int kMaxTaps = 128, kMaxRows = kMaxTaps;  // of a depthwise filter that has its own loops
 constexpr int64_t kPixelChunk = 64;                 // pixels that are rearranged at once
+constexpr int64_t kPanelsAtOnce = 8;                // of rhs that are packed together
+constexpr int64_t kWordColumns = 4;                 // columns of rhs that are rearranged at once
 
 struct Limb {  // of kernels on 16-bit elements: (code >> shift) & mask
   int shift;
@@ -74,7 +76,24 @@ struct Task {
   int64_t group, first_tile, tiles, first_panel, panels;
 };
 
+constexpr int64_t kWinogradTiles = 128;  // whose filter gradients are summed at once: at most 130
+
+struct WinogradPlan {            // see winograd_loops.h
+  int64_t rows, columns, tiles;  // of 4 x 4 pixels: of an image, and of all images
+  int64_t pad[2];
+  int64_t blocks, block_depth;                        // of the channels that are summed
+  int64_t groups, tiles_per_group;                    // tiles that are transformed together
+  bool is_shared;                                     // few groups: tasks are panels of a group
+  int64_t rows_per_task;                              // input channels, for the filter gradient
+  int64_t pairs;                                      // of tiles, for the filter gradient
+  int64_t input_offset, worker_offset, worker_bytes;  // of scratch
+};
+
 struct Plan {
+  // Winograd: this, `source`, `source_channels`, `result`, `columns`, `panels` and `scratch_bytes` count.
+  bool is_winograd;
+  WinogradPlan winograd;
+
   // Depthwise (see depthwise_loops.h): only these, `source`, `result`, `worker_bytes` and `scratch_bytes`
   // count.
   bool is_depthwise, is_narrow;
@@ -86,6 +105,7 @@ struct Plan {
   // The image of lhs: grid point g of image i holds source pixel g * step + image_shift[i], or zero.
   bool is_lhs_direct;            // a row-major matrix that is read where it is
   bool is_lhs_channels;          // channels first
+  bool is_matrix;                // rows are the result's, one behind the other
   int64_t grid[kSpace], points;  // points: batch * grid
   int64_t source[kSpace], step[kSpace], source_channels;
   std::vector<int64_t> image_shift;  // (images, kSpace)
@@ -93,11 +113,13 @@ struct Plan {
 
   // The pixels of dy as the depth of a filter gradient; otherwise rhs is w.
   bool is_rhs_pixels;
+  bool is_rhs_own;    // each task packs the panels that it multiplies, which then never change cores
   bool is_rhs_along;  // the depth of w is contiguous in memory, not its columns
   int64_t rhs_lane_step, rhs_depth_step, rhs_group_step;  // elements of w (or dy)
 
   int64_t result[kSpace];   // pixels of y or dx
   int64_t columns, panels;  // per group
+  int64_t panels_at_once;   // that one task packs
   int64_t lhs_group_step;   // elements of lhs
   int64_t out_row, out_group_step;
 
@@ -111,7 +133,7 @@ struct Plan {
   bool is_wide;          // several limbs, or sums that leave int32
 
   // Scratch, in bytes from its start.
-  int64_t lhs_bytes, rhs_bytes, worker_bytes, temporary_bytes, group_rhs_bytes;
+  int64_t lhs_bytes, rhs_bytes, worker_bytes, temporary_bytes, own_panels_offset, group_rhs_bytes;
   int64_t lhs_offset, rhs_offset, worker_offset, scratch_bytes;
 };
 

@@ -54,8 +54,14 @@ struct Product {
 class Parallel {
  public:
   using Task = void (*)(void* context, int64_t task, int worker);
+  struct Stage {
+    int64_t tasks;
+    Task task;
+  };
   virtual int workers() const = 0;  // at least 1
   virtual void Run(int64_t tasks, Task task, void* context) = 0;
+  // The tasks of `then` begin when all of `first` are done. Threads meet once, not twice.
+  virtual void Run(Stage first, Stage then, void* context) = 0;
 
  protected:
   ~Parallel() = default;
@@ -68,6 +74,8 @@ struct KernelShape {
   int64_t depth_unit;     // depth of a segment is filled up to a multiple of it
   int64_t element_bytes;  // of packed operands: 1 (bytes) or 2 (int16)
   int64_t kc;             // depth of a cache block, where the depth is not that of a filter
+  double serial;          // multiply-adds that take one thread as long as it takes to wake another
+  bool has_winograd;      // 16-bit elements whose int32 sums wrap
 };
 
 struct Plan;
@@ -103,6 +111,10 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAmxKernels;
+#endif
+#ifdef JAX_APT_ARM64
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonI8mmKernels;
 #endif
 
 }  // namespace jax_apt

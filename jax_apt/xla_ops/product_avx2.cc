@@ -8,6 +8,7 @@ namespace jax_apt {
 namespace {
 
 #include "product_loops.h"
+#include "winograd_loops.h"
 
 // 6 x 16 register block:
 //
@@ -24,12 +25,32 @@ struct Avx2Kernel {
   using Rhs = int16_t;
   using Columns = Avx2Kernel;
   static constexpr int64_t kGroup = 2, kMr = 6, kNr = 16, kRowUnit = 1, kDepthUnit = 2, kKc = 512;
+  static constexpr double kSerial = 3e6;
+  static constexpr bool kHasWinograd = true;
 
   static void Setup() {}
   static void Leave() {}
 
   static void Run(const Lhs* lhs, int64_t stride, const Segment* segments, int count, const Rhs* rhs,
                   int rows, bool is_first, int32_t* tile) {
+    Multiply(
+        lhs, stride, rows, is_first, tile, count, rhs, [segments](int s) { return segments[s].lhs; },
+        [segments](int s) { return (segments[s].depth + kGroup - 1) / kGroup; }, kGroup);
+  }
+
+  // A row's pairs lie `step` elements apart.
+  static void RunPairs(const Lhs* lhs, int64_t stride, int64_t step, int64_t pairs, const Rhs* rhs, int rows,
+                       int32_t* tile) {
+    Multiply(
+        lhs, stride, rows, true, tile, 1, rhs, [](int) { return 0; }, [pairs](int) { return pairs; }, step);
+  }
+
+ private:
+  template <class Offset, class Pairs>
+  static inline __attribute__((always_inline)) void Multiply(const Lhs* lhs, int64_t stride, int rows,
+                                                             bool is_first, int32_t* tile, int count,
+                                                             const Rhs* rhs, Offset offset, Pairs pairs,
+                                                             int64_t step) {
     // Rows that are not there repeat the last one; their sums are not read.
     const int64_t r1 = rows > 1 ? stride : 0, r2 = rows > 2 ? 2 * stride : r1,
                   r3 = rows > 3 ? 3 * stride : r2;
@@ -40,8 +61,8 @@ struct Avx2Kernel {
     Load(tile + 2 * kNr, is_first, c20, c21), Load(tile + 3 * kNr, is_first, c30, c31);
     Load(tile + 4 * kNr, is_first, c40, c41), Load(tile + 5 * kNr, is_first, c50, c51);
     for (int s = 0; s < count; ++s) {
-      const Lhs* a = lhs + segments[s].lhs;
-      for (int64_t k = 0; k < segments[s].depth; k += kGroup, a += kGroup, rhs += kGroup * kNr) {
+      const Lhs* a = lhs + offset(s);
+      for (int64_t k = pairs(s); k > 0; --k, a += step, rhs += kGroup * kNr) {
         const __m256i b0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs));
         const __m256i b1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs + 16));
         MultiplyAdd(a, b0, b1, c00, c01);
@@ -56,7 +77,6 @@ struct Avx2Kernel {
     Store(tile + 3 * kNr, c30, c31), Store(tile + 4 * kNr, c40, c41), Store(tile + 5 * kNr, c50, c51);
   }
 
- private:
   static void Load(const int32_t* row, bool is_first, __m256i& c0, __m256i& c1) {
     c0 = c1 = _mm256_setzero_si256();
     if (is_first) return;

@@ -25,12 +25,9 @@ class Driver {
     image_chunk =
         p.is_lhs_channels ? 4 * kPixelChunk : Max(kPixelChunk, kChunkBytes / Max(1, p.source_channels));
     image_tasks = p.is_lhs_direct ? 0 : Images() * p.lhs_limbs.count * CeilDiv(p.points, image_chunk);
-    parallel.Run(
-        image_tasks + RhsTasks(),
-        [](void* self, int64_t task, int worker) { Self(self)->Prepare(task, worker); }, this);
-    parallel.Run(
-        static_cast<int64_t>(p.tasks.size()),
-        [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); }, this);
+    const auto prepare = [](void* self, int64_t task, int worker) { Self(self)->Prepare(task, worker); };
+    const auto multiply = [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); };
+    parallel.Run({image_tasks + RhsTasks(), prepare}, {static_cast<int64_t>(p.tasks.size()), multiply}, this);
   }
 
  private:
@@ -39,6 +36,7 @@ class Driver {
   static constexpr bool kIsBytes = sizeof(Lhs) == 1;
   static constexpr int64_t kTile = K::kMr * K::kNr;
   static constexpr int64_t kChunkBytes = 32768;
+  static constexpr int64_t kPanelsBytes = 256 * 1024;  // of rhs that stay in L2 beside a block of lhs
 
   const Plan& p;
   const Product& product;
@@ -81,16 +79,20 @@ class Driver {
   // ---- Preparation
 
   int64_t RhsTasks() const {
+    if (p.is_rhs_own) return 0;
     if (p.is_rhs_pixels) return p.phases[0].blocks;
-    return Groups() * static_cast<int64_t>(p.phases.size()) * p.panels;
+    return Groups() * static_cast<int64_t>(p.phases.size()) * CeilDiv(p.panels, p.panels_at_once);
   }
 
   void Prepare(int64_t task, int worker) {
     if (task < image_tasks) return FillImage(task, worker);
     task -= image_tasks;
     if (p.is_rhs_pixels) return PackPixels(static_cast<int>(task), worker);
-    const int64_t phases = static_cast<int64_t>(p.phases.size());
-    PackPanel(task / p.panels / phases, p.phases[task / p.panels % phases], task % p.panels, worker);
+    const int64_t phases = static_cast<int64_t>(p.phases.size()), sets = CeilDiv(p.panels, p.panels_at_once);
+    const int64_t group = task / sets / phases, first = task % sets * p.panels_at_once;
+    const Phase& phase = p.phases[task / sets % phases];
+    PackPanels(group, phase, first, Min(p.panels_at_once, p.panels - first), Panel(group, phase, first),
+               worker);
   }
 
   void FillImage(int64_t task, int worker) {
@@ -146,43 +148,70 @@ class Driver {
 
   int64_t Width(int64_t panel) const { return Min(K::kNr, p.columns - panel * K::kNr); }
 
-  void PackPanel(int64_t group, const Phase& phase, int64_t panel, int worker) {
-    uint8_t* packed = Panel(group, phase, panel);
-    const int64_t start = group * p.rhs_group_step + panel * K::kNr * p.rhs_lane_step;
+  // Neighbouring panels, each `panel_bytes` behind the other from `packed` on.
+  void PackPanels(int64_t group, const Phase& phase, int64_t first, int64_t panels, uint8_t* packed,
+                  int worker) {
+    const int64_t start = group * p.rhs_group_step + first * K::kNr * p.rhs_lane_step;
     for (int limb = 0; limb < p.rhs_limbs.count; ++limb)
       for (int b = 0; b < phase.blocks; ++b) {
         const Block& block = p.blocks[phase.first_block + b];
-        Rhs* words = Words(packed, phase, limb) + block.rhs;
+        int64_t done = block.rhs;
         for (int s = 0; s < block.segments; ++s) {
           const Segment& segment = p.segments[block.first_segment + s];
           const int64_t padded = RoundUp(segment.depth, p.shape.depth_unit);
-          if (p.is_rhs_along) {
-            PackAlong(p.rhs_limbs.limb[limb], segment, start, padded, Width(panel), words,
+          const Limb which = p.rhs_limbs.limb[limb];
+          if (!p.is_rhs_along)
+            PackAcross(which, segment, start, padded, first, panels, phase, limb, packed, done);
+          for (int64_t i = 0; p.is_rhs_along && i < panels; ++i)
+            PackAlong(which, segment, start + i * K::kNr * p.rhs_lane_step, padded, Width(first + i),
+                      Words(packed + i * phase.panel_bytes, phase, limb) + done,
                       reinterpret_cast<Lhs*>(Worker(worker)));
-          } else {
-            PackAcross(p.rhs_limbs.limb[limb], segment, start, padded, Width(panel), words);
-          }
-          words += padded * K::kNr;
+          done += padded * K::kNr;
         }
       }
-    for (int b = 0; b < phase.blocks; ++b) SumDigits(phase, b, packed);
+    for (int64_t i = 0; i < panels; ++i)
+      for (int b = 0; b < phase.blocks; ++b) SumDigits(phase, b, packed + i * phase.panel_bytes);
   }
 
-  // Columns are neighbours in memory.
-  void PackAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t width,
-                  Rhs* words) const {
+  // Columns are neighbours in memory: each group of rows is read along all panels, as it lies in memory.
+  void PackAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
+                  int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
+    constexpr int64_t kAhead = 4 * K::kGroup;  // rows
     const int64_t tap = segment.depth / segment.pieces;
-    const Piece* pieces = &p.pieces[segment.first_piece];
-    Lhs rows[K::kGroup][K::kNr];
-    int64_t next = 0;
-    const auto read = [&](int64_t k) -> const Lhs* {
-      const int64_t at = start + pieces[k / tap].rhs + k % tap * p.rhs_depth_step;
-      if constexpr (kIsBytes) return product.rhs.plane[limb.shift / 8] + at;
-      Lhs* row = rows[next++ % K::kGroup];
-      ReadLimb(product.rhs, limb, at, width, row);
-      return row;
-    };
-    PackRows(read, segment.depth, padded, width, words);
+    const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
+    const Piece* piece = &p.pieces[segment.first_piece];
+    Lhs zeros[K::kNr], rows[K::kGroup][kIsBytes ? 1 : kPanelsAtOnce * K::kNr];
+    for (Lhs& zero : zeros) zero = ZeroDigit(Lhs{});
+    int64_t left = tap, at = start + piece->rhs;
+    for (int64_t k = 0; k < padded; k += K::kGroup) {
+      const Lhs* group[K::kGroup];
+      for (int64_t j = 0; j < K::kGroup; ++j) {
+        group[j] = nullptr;
+        if (k + j >= segment.depth) continue;
+        if (left == 0) ++piece, left = tap, at = start + piece->rhs;
+        if constexpr (kIsBytes) {
+          group[j] = product.rhs.plane[limb.shift / 8] + at;
+          for (int64_t c = 0; c < columns; c += 64)
+            __builtin_prefetch(group[j] + c + kAhead * p.rhs_depth_step);
+        } else {
+          ReadLimb(product.rhs, limb, at, columns, rows[j]);
+          group[j] = rows[j];
+        }
+        at += p.rhs_depth_step, left -= 1;
+      }
+      for (int64_t i = 0; i < panels; ++i) {
+        const Lhs* row[K::kGroup];
+        for (int64_t j = 0; j < K::kGroup; ++j) row[j] = group[j] == nullptr ? zeros : group[j] + i * K::kNr;
+        Rhs* words = Words(packed + i * phase.panel_bytes, phase, plane) + done + k * K::kNr;
+        InterleavePadded(row, Width(first + i), reinterpret_cast<uint32_t*>(words));
+      }
+    }
+  }
+
+  static void InterleavePadded(const Lhs* const* row, int64_t width, uint32_t* words) {
+    if (width == K::kNr) return Interleave(row, K::kNr, words);
+    Interleave(row, width, words);
+    for (int64_t c = width; c < K::kNr; ++c) words[c] = 0;
   }
 
   // `row(k)` has the elements of depth k; each is read within its width alone.
@@ -194,30 +223,25 @@ class Driver {
     for (int64_t k = 0; k < padded; k += K::kGroup, out += K::kNr) {
       const Lhs* group[K::kGroup];
       for (int64_t j = 0; j < K::kGroup; ++j) group[j] = k + j < depth ? row(k + j) : zeros;
-      if (width == K::kNr) {
-        Interleave(group, K::kNr, out);
-      } else {
-        Interleave(group, width, out);
-        for (int64_t c = width; c < K::kNr; ++c) out[c] = 0;
-      }
+      InterleavePadded(group, width, out);
     }
   }
 
-  // The depth is contiguous in memory.
+  // The depth is contiguous in memory: `columns` takes kWordColumns of them, which become rows of words.
   void PackAlong(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t width, Rhs* words,
-                 Lhs* column) const {
+                 Lhs* columns) const {
     const int64_t tap = segment.depth / segment.pieces;
-    auto* out = reinterpret_cast<uint32_t*>(words);
-    for (int64_t k = segment.depth; k < padded; ++k) column[k] = ZeroDigit(Lhs{});
-    for (int64_t c = 0; c < K::kNr; ++c) {
-      if (c >= width) {
-        for (int64_t g = 0; g < padded / K::kGroup; ++g) out[g * K::kNr + c] = 0;
-        continue;
+    for (int64_t c = 0; c < K::kNr; c += kWordColumns) {
+      for (int64_t i = 0; i < kWordColumns; ++i) {
+        Lhs* column = columns + i * padded;
+        const int64_t filled = c + i < width ? segment.depth : 0;
+        for (int64_t k = filled; k < padded; ++k) column[k] = ZeroDigit(Lhs{});
+        for (int j = 0; filled != 0 && j < segment.pieces; ++j)
+          ReadLimb(product.rhs, limb,
+                   start + (c + i) * p.rhs_lane_step + p.pieces[segment.first_piece + j].rhs, tap,
+                   column + j * tap);
       }
-      for (int i = 0; i < segment.pieces; ++i)
-        ReadLimb(product.rhs, limb, start + c * p.rhs_lane_step + p.pieces[segment.first_piece + i].rhs, tap,
-                 column + i * tap);
-      for (int64_t g = 0; g < padded / K::kGroup; ++g) out[g * K::kNr + c] = Word(column + g * K::kGroup);
+      InterleaveColumns(columns, padded, padded / K::kGroup, reinterpret_cast<uint32_t*>(words) + c, K::kNr);
     }
   }
 
@@ -261,21 +285,53 @@ class Driver {
   void Multiply(int64_t index, int worker) {
     const Task& task = p.tasks[index];
     const Phase& phase = p.phases[task.phase];
+    Place at{task, phase, worker, Panel(task.group, phase, task.first_panel)};
+    if (p.is_rhs_own) {
+      at.packed = Worker(worker) + p.own_panels_offset;
+      PackPanels(task.group, phase, task.first_panel, task.panels, at.packed, worker);
+    }
+    const bool is_along = task.panels * phase.panel_bytes <= kPanelsBytes;
     K::Setup();
-    for (int b = 0; b < phase.blocks; ++b)                     // blocks of the depth
-      for (int64_t panel = 0; panel < task.panels; ++panel) {  // panels of columns
-        const Corrections corrections(*this, task, phase, task.first_panel + panel, b + 1 == phase.blocks);
-        int run = FindRun(phase, task.first_tile);
-        for (int64_t tile = 0; tile < task.tiles; ++tile) {  // register blocks of rows
-          while (run + 1 < phase.first_run + phase.runs && p.runs[run + 1].tile <= task.first_tile + tile)
-            ++run;
+    for (int b = 0; b < phase.blocks; ++b) {
+      // Panels that stay in the cache together meet a block of rows one after the other; else one panel meets
+      // all blocks of rows.
+      const int64_t together = is_along ? task.panels : 1;
+      for (int64_t panel = 0; panel < task.panels; panel += together) MultiplyRows(at, b, panel, together);
+    }
+    K::Leave();
+  }
+
+  struct Place {  // where a task is at work
+    const Task& task;
+    const Phase& phase;
+    int worker;
+    uint8_t* packed;  // its first panel
+  };
+
+  void MultiplyRows(const Place& at, int b, int64_t first, int64_t panels) const {
+    const Task& task = at.task;
+    const Phase& phase = at.phase;
+    Corrections corrections[kPanelsAtOnce];
+    for (int64_t set = first; set < first + panels; set += kPanelsAtOnce) {
+      const int64_t end = Min(first + panels, set + kPanelsAtOnce);
+      if (b + 1 == phase.blocks)
+        for (int64_t panel = set; panel < end; ++panel)
+          corrections[panel - set].Set(*this, phase, at.packed + panel * phase.panel_bytes);
+      int run = FindRun(phase, task.first_tile);
+      for (int64_t tile = 0; tile < task.tiles; ++tile) {  // register blocks of rows
+        while (run + 1 < phase.first_run + phase.runs && p.runs[run + 1].tile <= task.first_tile + tile)
+          ++run;
+        const int64_t row = (task.first_tile + tile - p.runs[run].tile) * K::kMr;
+        int64_t row_sums[K::kMr] = {};
+        if (kIsBytes && p.rhs_limbs.count > 1 && b + 1 == phase.blocks)
+          SumRows(phase, FirstOf(task, p.runs[run], row), Rows(p.runs[run], row), row_sums);
+        for (int64_t panel = set; panel < end; ++panel) {
           const int64_t slot = p.is_single_block ? 0 : tile * task.panels + panel;
-          const int64_t row = (task.first_tile + tile - p.runs[run].tile) * K::kMr;
-          MultiplyTile(task, phase, b, task.first_panel + panel, p.runs[run], row, SumsAt(worker, slot),
-                       corrections);
+          MultiplyTile(at, b, panel, p.runs[run], row, SumsAt(at.worker, slot), corrections[panel - set],
+                       row_sums);
         }
       }
-    K::Leave();
+    }
   }
 
   int FindRun(const Phase& phase, int64_t tile) const {
@@ -291,12 +347,12 @@ class Driver {
   struct Corrections {
     int64_t column[K::kNr];
     int32_t narrow[K::kNr];
-    int64_t rest = 0;  // times the row sums
+    int64_t rest;  // times the row sums
 
-    Corrections(const Driver& d, const Task& task, const Phase& phase, int64_t panel, bool is_used) {
+    void Set(const Driver& d, const Phase& phase, uint8_t* packed) {
+      rest = 0;
       if constexpr (kIsBytes) {
-        if (!is_used) return;
-        const int64_t* sums = d.DigitSums(d.Panel(task.group, phase, panel), phase);
+        const int64_t* sums = d.DigitSums(packed, phase);
         const int64_t offset = int64_t{128} << (8 * (d.p.lhs_limbs.count - 1));
         for (int64_t c = 0; c < K::kNr; ++c) {
           int64_t sum = 0;
@@ -309,13 +365,15 @@ class Driver {
     }
   };
 
-  void MultiplyTile(const Task& task, const Phase& phase, int b, int64_t panel, const RowRun& run,
-                    int64_t row, Sums sums, const Corrections& corrections) const {
+  void MultiplyTile(const Place& at, int b, int64_t panel, const RowRun& run, int64_t row, Sums sums,
+                    const Corrections& corrections, const int64_t* row_sums) const {
+    const Task& task = at.task;
+    const Phase& phase = at.phase;
     const Block& block = p.blocks[phase.first_block + b];
     const bool is_first = b == 0 || p.blocks[phase.first_block + b - 1].is_last;
-    const int64_t start = task.group * p.lhs_group_step + run.lhs + row * p.lhs_stride;
-    const int rows = static_cast<int>(Min(K::kMr, run.rows - row));
-    uint8_t* packed = Panel(task.group, phase, panel);
+    const int64_t start = FirstOf(task, run, row);
+    const int rows = Rows(run, row);
+    uint8_t* packed = at.packed + panel * phase.panel_bytes;
     const Segment* segments = p.segments.data() + block.first_segment;
     int32_t* tile = sums.narrow;
     for (int i = 0; i < p.lhs_limbs.count; ++i)  // pairs of limbs
@@ -324,19 +382,24 @@ class Driver {
                Words(packed, phase, j) + block.rhs, rows, is_first, tile);
     if (!block.is_last) return;
     const bool is_done = b + 1 == phase.blocks;
-    if (p.is_wide) Widen(sums, rows, b == FirstLast(phase));
+    if (p.is_wide && phase.blocks > 1) Widen(sums, rows, b == FirstLast(phase));
     if (!is_done) return;
     float* out[K::kMr];
     FindRows(phase, run, row, rows, out);
-    const int64_t column = task.group * p.out_group_step + panel * K::kNr;
+    const int64_t number = task.first_panel + panel;
+    const int64_t column = task.group * p.out_group_step + number * K::kNr;
     if (p.is_wide) {
-      int64_t row_sums[K::kMr] = {};
-      if (corrections.rest != 0) SumRows(phase, start, rows, row_sums);
-      StoreWide(sums.wide, rows, Width(panel), column, corrections, row_sums, out);
+      StoreWide(sums, phase.blocks > 1, rows, Width(number), column, corrections, row_sums, out);
     } else {
-      StoreNarrow(sums.narrow, rows, Width(panel), column, corrections, out);
+      StoreNarrow(sums.narrow, rows, Width(number), column, corrections, out);
     }
   }
+
+  int64_t FirstOf(const Task& task, const RowRun& run, int64_t row) const {  // element of lhs
+    return task.group * p.lhs_group_step + run.lhs + row * p.lhs_stride;
+  }
+
+  static int Rows(const RowRun& run, int64_t row) { return static_cast<int>(Min(K::kMr, run.rows - row)); }
 
   int FirstLast(const Phase& phase) const {  // the first block whose sums leave int32
     int b = 0;
@@ -391,6 +454,10 @@ class Driver {
       for (int r = 0; r < rows; ++r) out[r] = product.out + (run.place * run.rows + row + r) * p.out_row;
       return;
     }
+    if (p.is_matrix) {
+      for (int r = 0; r < rows; ++r) out[r] = product.out + (row + r) * p.out_row;
+      return;
+    }
     const int64_t first = (phase.low[0] * p.grid[1] + phase.low[1]) * p.grid[2] + phase.low[2] + row;
     int64_t x = first % p.grid[2], y = first / p.grid[2] % p.grid[1], z = first / p.grid[2] / p.grid[1];
     for (int r = 0; r < rows; ++r) {
@@ -429,74 +496,60 @@ class Driver {
     store(width);
   }
 
-  void StoreWide(const int64_t* sums, int rows, int64_t width, int64_t column, const Corrections& corrections,
-                 const int64_t* row_sums, float* const* out) const {
+  void StoreWide(Sums sums, bool are_widened, int rows, int64_t width, int64_t column,
+                 const Corrections& corrections, const int64_t* row_sums, float* const* out) const {
     const float low = LowScale(), high = HighScale();
     for (int r = 0; r < rows; ++r) {
       if (out[r] == nullptr) continue;
+      int64_t sum[K::kNr];
       const int64_t row = corrections.rest * row_sums[r];
-      for (int64_t c = 0; c < width; ++c) {
-        const int64_t sum = sums[r * K::kNr + c] + row - (kIsBytes ? corrections.column[c] : 0);
-        out[r][column + c] = static_cast<float>(sum) * low * high;
+      for (int64_t c = 0; c < K::kNr; ++c) sum[c] = row - (kIsBytes ? corrections.column[c] : 0);
+      if (are_widened) {
+        for (int64_t c = 0; c < K::kNr; ++c) sum[c] += sums.wide[r * K::kNr + c];
+      } else {
+        AddPairs(sums.narrow + r * K::kNr, sum);
+      }
+      float* to = out[r] + column;
+      if (width == K::kNr) {
+        for (int64_t c = 0; c < K::kNr; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
+      } else {
+        for (int64_t c = 0; c < width; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
       }
     }
+  }
+
+  // The narrow sums of a row, one kTile behind the other.
+  void AddPairs(const int32_t* narrow, int64_t* sum) const {
+    for (int i = 0; i < p.lhs_limbs.count; ++i)
+      for (int j = 0; j < p.rhs_limbs.count; ++j, narrow += kTile) {
+        const int shift = p.lhs_limbs.limb[i].shift + p.rhs_limbs.limb[j].shift;
+        for (int64_t c = 0; c < K::kNr; ++c)  // an unsigned shift: a negative one is undefined
+          sum[c] += static_cast<int64_t>(static_cast<uint64_t>(int64_t{narrow[c]}) << shift);
+      }
   }
 };
 
 #include "depthwise_loops.h"
 #include "pool_loops.h"
+#include "quantize_loops.h"
+
+template <class K>  // of units that include winograd_loops.h
+void RunWinograd(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel);
 
 template <class K>
 void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
+  if constexpr (K::kHasWinograd) {
+    if (plan.is_winograd) return RunWinograd<K>(plan, product, scratch, parallel);
+  }
   if (plan.is_depthwise) return RunDepthwise(plan, product, scratch, parallel);
   Driver<K>(plan, product, scratch).Run(parallel);
-}
-
-// ---- Quantization ----------------------------------------------------------------------------------------
-
-// Clips in float, since conversion turns large values into INT_MIN; rounds half to even, as the processor
-// does unless told otherwise.
-template <int kLimbs>
-int64_t QuantizeInto(const float* __restrict x, int64_t count, int bits, int exponent,
-                     uint8_t* __restrict planes, int64_t stride) {
-  const float inverse = PowerOfTwo(-exponent), limit = static_cast<float>((int64_t{1} << (bits - 1)) - 1);
-  constexpr int32_t kOffset = 1 << (8 * kLimbs - 1);
-  int64_t bad = 0;
-  constexpr int64_t kRun = 4096;
-  for (int64_t start = 0; start < count; start += kRun) {
-    int32_t some = 0;
-    const int64_t end = Min(count, start + kRun);
-    for (int64_t i = start; i < end; ++i) {
-      const float value = x[i];
-      float scaled = value * inverse;
-      scaled = scaled < limit ? scaled : limit;
-      scaled = scaled > -limit ? scaled : -limit;
-      const bool is_bad = !(__builtin_fabsf(value) <= 3.4028234663852886e38f);
-      int32_t code = static_cast<int32_t>(__builtin_rintf(scaled)) + kOffset;
-      code = is_bad ? 0 : code;
-      some += is_bad;
-      planes[i] = static_cast<uint8_t>(code);
-      if (kLimbs > 1) planes[stride + i] = static_cast<uint8_t>(code >> 8);
-      if (kLimbs > 2) planes[2 * stride + i] = static_cast<uint8_t>(code >> 16);
-    }
-    bad += some;
-  }
-  return bad;
-}
-
-int64_t Quantize(const float* x, int64_t count, int bits, int exponent, uint8_t* planes, int64_t stride) {
-  switch (LimbCount(bits)) {
-    case 1: return QuantizeInto<1>(x, count, bits, exponent, planes, stride);
-    case 2: return QuantizeInto<2>(x, count, bits, exponent, planes, stride);
-    default: return QuantizeInto<3>(x, count, bits, exponent, planes, stride);
-  }
 }
 
 // ---- What the unit offers --------------------------------------------------------------------------------
 
 template <class K>
 constexpr Kernels KernelsOf(const char* name) {
-  constexpr KernelShape kShape = {K::kMr, K::kNr, K::kRowUnit, K::kDepthUnit, sizeof(typename K::Lhs),
-                                  K::kKc};
+  constexpr KernelShape kShape = {K::kMr, K::kNr,     K::kRowUnit,    K::kDepthUnit, sizeof(typename K::Lhs),
+                                  K::kKc, K::kSerial, K::kHasWinograd};
   return {name, kShape, RunProduct<K>, Quantize, MaxPoolGradient};
 }

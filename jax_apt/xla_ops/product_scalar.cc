@@ -3,6 +3,8 @@
 #include "product.h"
 #ifdef __SSE2__
 #include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace jax_apt {
@@ -17,6 +19,8 @@ struct ScalarKernel {
   using Rhs = int16_t;
   using Columns = ScalarKernel;
   static constexpr int64_t kGroup = 2, kMr = 4, kNr = 4, kRowUnit = 1, kDepthUnit = 2, kKc = 512;
+  static constexpr double kSerial = 2e5;
+  static constexpr bool kHasWinograd = false;
 
   static void Setup() {}
   static void Leave() {}

@@ -9,8 +9,8 @@
 namespace jax_apt {
 namespace {
 
-// Products larger than this are split among the threads themselves; smaller ones are handed out whole.
-constexpr double kSplitMultiplyAdds = 16 * kSerialMultiplyAdds;
+// Of groups, whose kernels are slower than the full ones.
+constexpr double kSerialInGroups = 1e6;
 
 int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
@@ -53,17 +53,24 @@ std::vector<Plan> MakePlans(const Kernels& kernels, const std::vector<Product>& 
   return plans;
 }
 
-}  // namespace
-
-double MultiplyAdds(const Product& product) {
+double MultiplyAdds(const Product& product) {  // of limbs
   const Geometry& g = product.geometry;
   return static_cast<double>(g.batch) * Volume(g.out) * Volume(g.window) *
-         (static_cast<double>(g.in_channels) / std::max<int64_t>(g.groups, 1)) * g.out_channels;
+         (static_cast<double>(g.in_channels) / std::max<int64_t>(g.groups, 1)) * g.out_channels *
+         (LimbCount(product.lhs.bits) * LimbCount(product.rhs.bits));
+}
+
+}  // namespace
+
+bool IsSmall(const Kernels& kernels, const Product& product, int64_t count) {
+  const double serial = product.geometry.groups > 1 ? kSerialInGroups : kernels.shape.serial;
+  return MultiplyAdds(product) * static_cast<double>(count) < serial;
 }
 
 bool RunProducts(const Kernels& kernels, const std::vector<Product>& products, Parallel& parallel) {
   if (products.empty() || IsEmpty(products[0])) return true;
-  const bool is_whole = products.size() > 1 && MultiplyAdds(products[0]) < kSplitMultiplyAdds;
+  // Small products are handed out whole, large ones are split among the threads themselves.
+  const bool is_whole = products.size() > 1 && IsSmall(kernels, products[0], 1);
   const std::vector<Plan> plans = MakePlans(kernels, products, is_whole ? 1 : parallel.workers());
   int64_t bytes = 64;
   for (const Plan& plan : plans) bytes = std::max(bytes, plan.scratch_bytes);

@@ -8,10 +8,8 @@
 
 namespace jax_apt {
 
-// Multiply-adds below which a helper costs more than it brings.
-constexpr double kSerialMultiplyAdds = 1e6;
-
-double MultiplyAdds(const Product& product);
+// Whether `count` products take less time than waking a helper for them.
+bool IsSmall(const Kernels& kernels, const Product& product, int64_t count);
 
 // Runs every product. False if there is no memory for scratch, in which case nothing was written.
 bool RunProducts(const Kernels& kernels, const std::vector<Product>& products, Parallel& parallel);

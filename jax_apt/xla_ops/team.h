@@ -8,6 +8,7 @@
 #include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "product.h"
 
@@ -20,11 +21,16 @@ class Serial final : public Parallel {
   void Run(int64_t tasks, Task task, void* context) override {
     for (int64_t i = 0; i < tasks; ++i) task(context, i, 0);
   }
+  void Run(Stage first, Stage then, void* context) override {
+    Run(first.tasks, first.task, context);
+    Run(then.tasks, then.task, context);
+  }
 };
 
-// The caller takes tasks from a shared counter itself and asks for helpers; it waits for tasks that a
-// helper has begun, never for a helper that has not started. So it cannot deadlock on a busy pool, and
-// several calls can share one pool.
+// Every worker has its own range of the tasks and then takes what is left of the others' ranges: in one call
+// after the other a thread works on the same part of the data, which so stays in its cache. The caller is a
+// worker itself and waits for tasks that a helper has begun, never for a helper that has not started. So it
+// cannot deadlock on a busy pool, and several calls can share one pool.
 class Team final : public Parallel {
  public:
   using Schedule = std::function<void(std::function<void()>)>;
@@ -33,28 +39,67 @@ class Team final : public Parallel {
 
   int workers() const override { return workers_; }
 
-  void Run(int64_t tasks, Task task, void* context) override {
-    auto work = std::make_shared<Work>(tasks, task, context);
-    const int64_t helpers = std::min<int64_t>(workers_ - 1, tasks - 1);
-    for (int worker = 1; worker <= helpers; ++worker) schedule_([work, worker] { work->TakeAll(worker); });
+  void Run(int64_t tasks, Task task, void* context) override { Run({0, task}, {tasks, task}, context); }
+
+  void Run(Stage first, Stage then, void* context) override {
+    const auto most = static_cast<int>(std::min<int64_t>(workers_, std::max(first.tasks, then.tasks)));
+    if (most <= 1) return Serial().Run(first, then, context);
+    auto work = std::make_shared<Work>(first, then, context, most);
+    for (int worker = 1; worker < most; ++worker) schedule_([work, worker] { work->TakeAll(worker); });
     work->TakeAll(0);
-    while (work->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
   }
 
  private:
-  struct Work {
-    const int64_t tasks;
-    const Task task;
-    void* const context;  // valid while a task is left: the caller waits for those
-    std::atomic<int64_t> next{0}, done{0};
+  class Tasks {
+   public:
+    Tasks(const Stage& stage, int workers) : stage_(stage), ranges_(workers) {
+      for (int w = 0; w < workers; ++w) {
+        ranges_[w].next = stage.tasks * w / workers;
+        ranges_[w].end = stage.tasks * (w + 1) / workers;
+      }
+    }
 
-    Work(int64_t tasks, Task task, void* context) : tasks(tasks), task(task), context(context) {}
+    // Returns when every task has been taken, by threads that run, and all are done.
+    void TakeAll(int worker, void* context) {
+      const auto workers = static_cast<int>(ranges_.size());
+      for (int i = 0; i < workers; ++i) {
+        Range& range = ranges_[(worker + i) % workers];
+        for (int64_t t; (t = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+          stage_.task(context, t, worker);
+          done_.fetch_add(1, std::memory_order_acq_rel);
+        }
+      }
+      Wait();
+    }
+
+   private:
+    struct alignas(64) Range {
+      std::atomic<int64_t> next;
+      int64_t end;
+    };
+
+    const Stage stage_;
+    std::vector<Range> ranges_;
+    alignas(64) std::atomic<int64_t> done_{0};
+
+    // What is waited for takes microseconds; a thread that gives way may come back much later.
+    void Wait() const {
+      constexpr int kSpins = 4096;
+      for (int i = 0; done_.load(std::memory_order_acquire) < stage_.tasks; ++i)
+        if (i >= kSpins) std::this_thread::yield();
+    }
+  };
+
+  struct Work {
+    Tasks first, then;
+    void* const context;  // valid while a task is left: the caller waits for those
+
+    Work(const Stage& first, const Stage& then, void* context, int workers)
+        : first(first, workers), then(then, workers), context(context) {}
 
     void TakeAll(int worker) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        task(context, i, worker);
-        done.fetch_add(1, std::memory_order_acq_rel);
-      }
+      first.TakeAll(worker, context);
+      then.TakeAll(worker, context);
     }
   };
 

@@ -14,7 +14,8 @@ namespace ffi = xla::ffi;
 namespace jax_apt {
 namespace {
 
-constexpr int64_t kSerialValues = 1 << 15;  // quantized on the calling thread alone
+constexpr int64_t kSerialValues = 1 << 19;  // quantized on the calling thread alone
+constexpr int64_t kTaskValues = 1 << 15;
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument(message); }
 
@@ -63,8 +64,7 @@ ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs, ffi::Buff
                                  rhs.typed_data() + b * (rhs_size / batch), f,
                                  out->typed_data() + b * call.matrices * call.OutSize()));
   }
-  const double multiply_adds = MultiplyAdds(products[0]) * static_cast<double>(products.size());
-  Team team = MakeTeam(pool, multiply_adds < kSerialMultiplyAdds);
+  Team team = MakeTeam(pool, IsSmall(*kernels, products[0], static_cast<int64_t>(products.size())));
   if (RunProducts(*kernels, products, team)) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "product: no memory for scratch");
 }
@@ -110,7 +110,7 @@ ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
     if (exponent < -126 || exponent > 126)
       return Invalid("quantize: exponent must be in -126..126, got " + std::to_string(exponent));
   }
-  const int64_t count = size / batch, chunk = std::min<int64_t>(count, kSerialValues);
+  const int64_t count = size / batch, chunk = std::min<int64_t>(count, kTaskValues);
   std::vector<std::atomic<int64_t>> bad(batch);
   QuantizeTasks tasks{*kernels,
                       x.typed_data(),

@@ -1,0 +1,405 @@
+// Exact integer Winograd F(4x4, 3x3): a 3x3 convolution of stride 1 with 36 instead of 144 multiplications
+// per 4 x 4 pixels (Lavin and Gray, arXiv 1509.09308). Included by product_loops.h inside each ISA unit's own
+// anonymous namespace; for units that multiply 16-bit elements and whose int32 sums wrap.
+//
+//   Y = A^T [ (G w G^T) . (B^T d B) ] A / 576      for a tile d of 6 x 6 pixels, sums over channels inside [
+//   ]
+//
+// with the rows of G scaled by 24, but its last by 8, for which the last entry of A is 3. All of B, G and A
+// are integers: transformed codes of 8 bits are at most 10 * 10 * 127 = 12700 and 12 * 12 * 127 = 18288, so
+// 16-bit elements hold them. 576 Y is taken modulo 2^32: times the inverse of 9 that is 64 Y, which fits
+// int32 for the channels of a block, and is shifted. The result is that of the direct product, bit for bit.
+//
+// The input gradient is the same convolution of dy, with w reversed and its channels swapped. The filter
+// gradient is the transposed algorithm, summed over tiles: W = G^T [ (A dy A^T) . (B^T x B) ] G / 576, with
+// transformed gradients of at most 15 * 15 * 127 = 28575; 64 W fits int32 for 130 tiles.
+
+// A row or column of 6, as B^T, G, A^T, A and G^T take it to 6, 6, 4, 6 and 3. Elements are vectors.
+struct WinogradTransforms {
+  static constexpr int64_t kLanes = 16, kPlanes = 36;
+  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  using Codes = int16_t __attribute__((vector_size(2 * kLanes)));
+  using Sums = uint32_t __attribute__((vector_size(4 * kLanes / 2)));
+  using SignedSums = int32_t __attribute__((vector_size(sizeof(Sums))));
+
+  static void Input(const Codes* a, Codes* out) {  // B^T
+    const Codes p = a[4] - 4 * a[2], q = a[3] - 4 * a[1], r = a[4] - a[2], s = 2 * (a[3] - a[1]);
+    out[0] = 4 * a[0] - 5 * a[2] + a[4], out[1] = p + q, out[2] = p - q;
+    out[3] = r + s, out[4] = r - s, out[5] = 4 * a[1] - 5 * a[3] + a[5];
+  }
+
+  static void Filter(const Codes* a, Codes* out) {  // G
+    const Codes outer = a[0] + 4 * a[2];
+    out[0] = 6 * a[0], out[1] = -4 * (a[0] + a[1] + a[2]), out[2] = -4 * (a[0] - a[1] + a[2]);
+    out[3] = outer + 2 * a[1], out[4] = outer - 2 * a[1], out[5] = 8 * a[2];
+  }
+
+  static void Output(const Sums* m, Sums* out) {  // A^T
+    const Sums p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], s = m[3] - m[4];
+    out[0] = m[0] + p + r, out[1] = q + 2 * s, out[2] = p + 4 * r, out[3] = q + 8 * s + 3 * m[5];
+  }
+
+  static void Gradient(const Codes* a, Codes* out) {  // A
+    const Codes even = a[0] + a[2], odd = a[1] + a[3], far = a[0] + 4 * a[2], wide = 2 * a[1] + 8 * a[3];
+    out[0] = a[0], out[1] = even + odd, out[2] = even - odd, out[3] = far + wide, out[4] = far - wide;
+    out[5] = 3 * a[3];
+  }
+
+  static void FilterOutput(const Sums* m, Sums* out) {  // G^T
+    const Sums p = m[1] + m[2], q = m[2] - m[1], r = m[3] + m[4], s = m[3] - m[4];
+    out[0] = 6 * m[0] - 4 * p + r, out[1] = 4 * q + 2 * s, out[2] = 4 * (r - p) + 8 * m[5];
+  }
+
+  // Transforms columns, then rows: kFrom x kFrom elements, `at(i, j)`, become kTo x kTo, `give(i, j, value)`.
+  template <int kFrom, int kTo, class Vector, class At, class Give>
+  static inline __attribute__((always_inline)) void Both(void (*rows)(const Vector*, Vector*), At at,
+                                                         Give give) {
+    Vector half[kTo][kFrom];
+    for (int j = 0; j < kFrom; ++j) {
+      Vector column[kFrom], result[kTo];
+      for (int i = 0; i < kFrom; ++i) column[i] = at(i, j);
+      rows(column, result);
+      for (int i = 0; i < kTo; ++i) half[i][j] = result[i];
+    }
+    for (int i = 0; i < kTo; ++i) {
+      Vector result[kTo];
+      rows(half[i], result);
+      for (int j = 0; j < kTo; ++j) give(i, j, result[j]);
+    }
+  }
+
+  // 64 times the result, from 576 times it modulo 2^32, and that shifted.
+  static SignedSums Divided(Sums sum) {
+    constexpr uint32_t kInverseOf9 = 0x38E38E39;
+    return reinterpret_cast<SignedSums>(sum * kInverseOf9) >> 6;
+  }
+
+  // `count` codes of a pixel, zeros after them; null is a pixel beside the image.
+  static Codes ReadPixel(const uint8_t* pixel, int64_t c, int64_t count) {
+    if (pixel == nullptr) return Codes{};
+    Bytes bytes = Bytes{} + 128;
+    if (count >= kLanes) {
+      __builtin_memcpy(&bytes, pixel + c, kLanes);
+    } else {
+      for (int64_t i = 0; i < count; ++i) bytes[i] = pixel[c + i];
+    }
+    return __builtin_convertvector(bytes, Codes) - 128;
+  }
+
+  // The size x size pixels from (y, x) on of image n; null beside it.
+  template <int kSize>
+  static void FindPixels(const Operand& operand, const int64_t* source, int64_t channels, int64_t n,
+                         int64_t y, int64_t x, const uint8_t** pixels) {
+    for (int64_t i = y; i < y + kSize; ++i)
+      for (int64_t j = x; j < x + kSize; ++j) {
+        const bool is_inside = i >= 0 && i < source[1] && j >= 0 && j < source[2];
+        const int64_t at = ((n * source[1] + i) * source[2] + j) * channels;
+        *pixels++ = is_inside ? operand.plane[0] + at : nullptr;
+      }
+  }
+
+  static void Interleave(Codes even, Codes odd, int16_t* words) {
+    for (int64_t c = 0; c < kLanes; ++c) words[2 * c] = even[c], words[2 * c + 1] = odd[c];
+  }
+
+  template <class Vector>
+  static Vector Load(const void* from) {
+    Vector value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+  }
+};
+
+template <class K>
+class Winograd : WinogradTransforms {
+ public:
+  Winograd(const Plan& plan, const Product& product, uint8_t* scratch)
+      : p(plan), w(plan.winograd), product(product), scratch(scratch) {}
+
+  void Run(Parallel& parallel) {
+    parallel.Run(
+        p.panels * w.blocks + (w.is_shared ? w.groups : 0),
+        [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
+    const int64_t tasks = w.groups * (w.is_shared ? p.panels : 1);
+    parallel.Run(
+        tasks, [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); }, this);
+  }
+
+ private:
+  static_assert(K::kNr == kLanes && sizeof(typename K::Lhs) == 2, "panels of 16 columns");
+
+  const Plan& p;
+  const WinogradPlan& w;
+  const Product& product;
+  uint8_t* const scratch;
+
+  static Winograd* Self(void* self) { return static_cast<Winograd*>(self); }
+  bool IsForward() const { return product.kind == Kind::kForward; }
+
+  // (panels, blocks, planes, depth of a block, 16 columns), in words of two depths
+  int16_t* Weights(int64_t panel, int64_t block, int64_t plane) const {
+    auto* start = reinterpret_cast<int16_t*>(scratch);
+    return start + ((panel * w.blocks + block) * kPlanes + plane) * w.block_depth * kLanes;
+  }
+  // (planes, tiles, depth); the planes lie a line further apart, so that they do not share an L1 set
+  int16_t* InputOf(int64_t group, int worker) const {
+    auto* start = reinterpret_cast<int16_t*>(scratch + w.input_offset);
+    return start + (w.is_shared ? group : worker) * kPlanes * InputPlane();
+  }
+  int64_t InputPlane() const { return w.tiles_per_group * Depth() + 32; }
+  int64_t Depth() const { return w.blocks * w.block_depth; }
+  // Of a worker: (planes, tiles, 16 columns), then sums over blocks (tiles, 16 pixels, 16 columns)
+  int32_t* Products(int worker) const {
+    return reinterpret_cast<int32_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
+  }
+  int64_t ProductPlane() const { return (w.tiles_per_group + K::kMr) * kLanes; }
+
+  void Prepare(int64_t task) {
+    if (task < p.panels * w.blocks) return TransformWeights(task / w.blocks, task % w.blocks);
+    TransformInput(task - p.panels * w.blocks, 0);
+  }
+
+  // ---- Weights
+
+  void TransformWeights(int64_t panel, int64_t block) {
+    const int64_t first = block * w.block_depth;
+    for (int64_t k = 0; k < w.block_depth; k += kLanes) {
+      int16_t taps[9][kLanes][kLanes];  // [depth][column]
+      for (int t = 0; t < 9; ++t) ReadTap(IsForward() ? t : 8 - t, first + k, panel * kLanes, taps[t]);
+      for (int64_t i = 0; i < kLanes; i += 2) {
+        Codes even[kPlanes], odd[kPlanes];
+        TransformFilter(taps, i, even), TransformFilter(taps, i + 1, odd);
+        for (int plane = 0; plane < kPlanes; ++plane)
+          Interleave(even[plane], odd[plane], Weights(panel, block, plane) + (k + i) * kLanes);
+      }
+    }
+  }
+
+  // 16 depths of 16 columns of a tap; zeros beside the filter.
+  void ReadTap(int tap, int64_t depth, int64_t column, int16_t (*out)[kLanes]) const {
+    const Geometry& g = product.geometry;
+    const int64_t rows = IsForward() ? g.in_channels : g.out_channels;
+    const int64_t depths = Min(kLanes, rows - depth), columns = Min(kLanes, p.columns - column);
+    const uint8_t* from = product.rhs.plane[0] + tap * g.in_channels * g.out_channels;
+    for (int64_t i = 0; i < kLanes; ++i)
+      for (int64_t c = 0; c < kLanes; ++c) {
+        const int64_t at = IsForward() ? (depth + i) * g.out_channels + column + c
+                                       : (column + c) * g.out_channels + depth + i;
+        out[i][c] = i < depths && c < columns ? static_cast<int16_t>(from[at] - 128) : int16_t{0};
+      }
+  }
+
+  static void TransformFilter(const int16_t (*taps)[kLanes][kLanes], int64_t depth, Codes* out) {
+    Both<3, 6, Codes>(
+        Filter, [&](int i, int j) { return Load<Codes>(taps[3 * i + j][depth]); },
+        [&](int i, int j, Codes value) { out[6 * i + j] = value; });
+  }
+
+  // ---- Input
+
+  void TransformInput(int64_t group, int worker) const {
+    int16_t* out = InputOf(group, worker);
+    const int64_t first = group * w.tiles_per_group;
+    const int64_t tiles = Min(w.tiles_per_group, w.tiles - first);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t x = (first + t) % w.columns, y = (first + t) / w.columns % w.rows;
+      const int64_t n = (first + t) / w.columns / w.rows;
+      TransformTile(n, 4 * y - w.pad[0], 4 * x - w.pad[1], out + t * Depth());
+    }
+  }
+
+  void TransformTile(int64_t n, int64_t y, int64_t x, int16_t* out) const {
+    const int64_t channels = p.source_channels;
+    const uint8_t* pixel[kPlanes];
+    FindPixels<6>(product.lhs, p.source, channels, n, y, x, pixel);
+    for (int64_t c = 0; c < Depth(); c += kLanes)
+      Both<6, 6, Codes>(
+          Input, [&](int i, int j) { return ReadPixel(pixel[6 * i + j], c, channels - c); },
+          [&](int i, int j, Codes value) {
+            __builtin_memcpy(out + (6 * i + j) * InputPlane() + c, &value, sizeof(value));
+          });
+  }
+
+  // ---- Products
+
+  void Multiply(int64_t task, int worker) const {
+    const int64_t group = w.is_shared ? task / p.panels : task;
+    if (!w.is_shared) TransformInput(group, worker);
+    if (w.is_shared) return MultiplyPanel(group, task % p.panels, worker);
+    for (int64_t panel = 0; panel < p.panels; ++panel) MultiplyPanel(group, panel, worker);
+  }
+
+  void MultiplyPanel(int64_t group, int64_t panel, int worker) const {
+    const int64_t first = group * w.tiles_per_group;
+    const int64_t tiles = Min(w.tiles_per_group, w.tiles - first);
+    const int16_t* input = InputOf(group, worker);
+    int32_t* products = Products(worker);
+    int32_t* totals = products + kPlanes * ProductPlane();
+    const Segment segment{0, w.block_depth, 0, 0};
+    for (int64_t block = 0; block < w.blocks; ++block) {
+      for (int64_t plane = 0; plane < kPlanes; ++plane)
+        for (int64_t t = 0; t < tiles; t += K::kMr)
+          K::Run(input + plane * InputPlane() + t * Depth() + block * w.block_depth, Depth(), &segment, 1,
+                 Weights(panel, block, plane), static_cast<int>(Min(K::kMr, tiles - t)), true,
+                 products + plane * ProductPlane() + t * kLanes);
+      for (int64_t t = 0; t < tiles; ++t) {
+        int32_t* total = totals + t * 16 * kLanes;
+        TransformProducts(products + t * kLanes, block == 0, total);
+        if (block + 1 == w.blocks) Store(first + t, panel, total);
+      }
+    }
+  }
+
+  // Adds a tile's 16 pixels to their totals.
+  void TransformProducts(const int32_t* products, bool is_first, int32_t* totals) const {
+    for (int64_t c = 0; c < kLanes; c += kLanes / 2)
+      Both<6, 4, Sums>(
+          Output, [&](int i, int j) { return Load<Sums>(products + (6 * i + j) * ProductPlane() + c); },
+          [&](int i, int j, Sums sum) {
+            int32_t* total = totals + (4 * i + j) * kLanes + c;
+            const SignedSums before = is_first ? SignedSums{} : Load<SignedSums>(total);
+            const SignedSums value = before + Divided(sum);
+            __builtin_memcpy(total, &value, sizeof(value));
+          });
+  }
+
+  void Store(int64_t tile, int64_t panel, const int32_t* totals) const {
+    const float low = PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent));
+    const float high = PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent));
+    const int64_t x = tile % w.columns * 4, y = tile / w.columns % w.rows * 4, n = tile / w.columns / w.rows;
+    const int64_t width = Min(kLanes, p.columns - panel * kLanes);
+    for (int64_t i = 0; i < Min(4, p.result[1] - y); ++i)
+      for (int64_t j = 0; j < Min(4, p.result[2] - x); ++j) {
+        float* out =
+            product.out + ((n * p.result[1] + y + i) * p.result[2] + x + j) * p.columns + panel * kLanes;
+        const int32_t* from = totals + (4 * i + j) * kLanes;
+        if (width == kLanes) {
+          for (int64_t c = 0; c < kLanes; ++c) out[c] = static_cast<float>(from[c]) * low * high;
+        } else {
+          for (int64_t c = 0; c < width; ++c) out[c] = static_cast<float>(from[c]) * low * high;
+        }
+      }
+  }
+};
+
+// The filter gradient. Input and gradient tiles lie in pairs, so that a word holds two tiles of a channel:
+//
+//   input      (planes, pairs of tiles, channels, 2)
+//   gradient   (panels, planes, pairs of tiles, 16 channels, 2)
+//
+// A task sums some input channels of a panel over all tiles, `kTiles` at a time.
+template <class K>
+class WinogradFilterGradient : WinogradTransforms {
+ public:
+  WinogradFilterGradient(const Plan& plan, const Product& product, uint8_t* scratch)
+      : p(plan), w(plan.winograd), g(product.geometry), product(product), scratch(scratch) {}
+
+  void Run(Parallel& parallel) {
+    const int64_t chunks = CeilDiv(w.pairs, kPairsPerTask);
+    parallel.Run(chunks, [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
+    parallel.Run(
+        CeilDiv(g.in_channels, w.rows_per_task) * p.panels,
+        [](void* self, int64_t task, int worker) { Self(self)->Sum(task, worker); }, this);
+  }
+
+ private:
+  static constexpr int64_t kTiles = kWinogradTiles, kPairsPerTask = 4;
+  static_assert(K::kNr == kLanes && K::kGroup == 2 && sizeof(typename K::Lhs) == 2, "words of 16 columns");
+
+  const Plan& p;
+  const WinogradPlan& w;
+  const Geometry& g;
+  const Product& product;
+  uint8_t* const scratch;
+
+  static WinogradFilterGradient* Self(void* self) { return static_cast<WinogradFilterGradient*>(self); }
+
+  int64_t Channels() const { return RoundUp(g.in_channels, kLanes); }
+  int16_t* InputOf(int64_t plane, int64_t pair) const {
+    return reinterpret_cast<int16_t*>(scratch) + (plane * w.pairs + pair) * 2 * Channels();
+  }
+  int16_t* GradientOf(int64_t panel, int64_t plane, int64_t pair) const {
+    return reinterpret_cast<int16_t*>(scratch + w.input_offset) +
+           ((panel * kPlanes + plane) * w.pairs + pair) * 2 * kLanes;
+  }
+
+  void Prepare(int64_t task) {
+    for (int64_t pair = task * kPairsPerTask; pair < Min(w.pairs, (task + 1) * kPairsPerTask); ++pair) {
+      const uint8_t *x[2][36], *dy[2][16];
+      for (int64_t i = 0; i < 2; ++i) FindTile(2 * pair + i, x[i], dy[i]);
+      for (int64_t c = 0; c < Channels(); c += kLanes)
+        TransformPair<6>(Input, x, c, g.in_channels - c,
+                         [&](int plane) { return InputOf(plane, pair) + 2 * c; });
+      for (int64_t panel = 0; panel < p.panels; ++panel)
+        TransformPair<4>(Gradient, dy, panel * kLanes, g.out_channels - panel * kLanes,
+                         [&](int plane) { return GradientOf(panel, plane, pair); });
+    }
+  }
+
+  // A tile after the last is zeros.
+  void FindTile(int64_t tile, const uint8_t** x, const uint8_t** dy) const {
+    const int64_t column = tile % w.columns * 4, row = tile / w.columns % w.rows * 4;
+    const int64_t n = tile / w.columns / w.rows, beyond = tile < w.tiles ? 0 : g.in[1] + g.out[1] + 8;
+    FindPixels<6>(product.lhs, g.in, g.in_channels, n, row - w.pad[0] + beyond, column - w.pad[1], x);
+    FindPixels<4>(product.rhs, g.out, g.out_channels, n, row + beyond, column, dy);
+  }
+
+  template <int kFrom, class To, size_t kPixels>
+  static void TransformPair(void (*rows)(const Codes*, Codes*), const uint8_t* const (*pixels)[kPixels],
+                            int64_t c, int64_t count, To to) {
+    Codes tiles[2][kPlanes];
+    for (int i = 0; i < 2; ++i)
+      Both<kFrom, 6, Codes>(
+          rows, [&](int j, int k) { return ReadPixel(pixels[i][kFrom * j + k], c, count); },
+          [&](int j, int k, Codes value) { tiles[i][6 * j + k] = value; });
+    for (int plane = 0; plane < kPlanes; ++plane) Interleave(tiles[0][plane], tiles[1][plane], to(plane));
+  }
+
+  void Sum(int64_t task, int worker) const {
+    const int64_t panel = task % p.panels, first = task / p.panels * w.rows_per_task;
+    const int64_t rows = Min(w.rows_per_task, g.in_channels - first);
+    auto* totals = reinterpret_cast<int64_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
+    auto* products = reinterpret_cast<int32_t*>(totals + w.rows_per_task * 9 * kLanes);
+    for (int64_t i = 0; i < rows * 9 * kLanes; ++i) totals[i] = 0;
+    for (int64_t pair = 0; pair < w.pairs; pair += kTiles / 2) {
+      const int64_t count = Min(kTiles / 2, w.pairs - pair);
+      for (int plane = 0; plane < kPlanes; ++plane)
+        for (int64_t row = 0; row < rows; row += K::kMr)
+          K::RunPairs(InputOf(plane, pair) + 2 * (first + row), 2, 2 * Channels(), count,
+                      GradientOf(panel, plane, pair), static_cast<int>(Min(K::kMr, rows - row)),
+                      products + (plane * w.rows_per_task + row) * kLanes);
+      for (int64_t row = 0; row < rows; ++row) AddRow(products + row * kLanes, totals + row * 9 * kLanes);
+    }
+    for (int64_t row = 0; row < rows; ++row) Store(first + row, panel, totals + row * 9 * kLanes);
+  }
+
+  void AddRow(const int32_t* products, int64_t* totals) const {
+    constexpr int64_t kHalf = kLanes / 2;
+    for (int64_t c = 0; c < kLanes; c += kHalf)
+      Both<6, 3, Sums>(
+          FilterOutput,
+          [&](int i, int j) { return Load<Sums>(products + (6 * i + j) * w.rows_per_task * kLanes + c); },
+          [&](int i, int j, Sums sum) {
+            const SignedSums value = Divided(sum);
+            int64_t* total = totals + (3 * i + j) * kLanes + c;
+            for (int64_t k = 0; k < kHalf; ++k) total[k] += value[k];
+          });
+  }
+
+  void Store(int64_t row, int64_t panel, const int64_t* totals) const {
+    const float low = PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent));
+    const float high = PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent));
+    const int64_t width = Min(kLanes, g.out_channels - panel * kLanes);
+    for (int64_t t = 0; t < 9; ++t) {
+      float* out = product.out + (t * g.in_channels + row) * g.out_channels + panel * kLanes;
+      for (int64_t c = 0; c < width; ++c) out[c] = static_cast<float>(totals[t * kLanes + c]) * low * high;
+    }
+  }
+};
+
+template <class K>
+void RunWinograd(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
+  if (product.kind == Kind::kFilterGradient)
+    return WinogradFilterGradient<K>(plan, product, scratch).Run(parallel);
+  Winograd<K>(plan, product, scratch).Run(parallel);
+}

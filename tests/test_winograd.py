@@ -1,0 +1,74 @@
+"""3x3 convolutions that some units compute by Winograd's algorithm: bit for bit the direct sums."""
+
+import numpy as np
+import pytest
+from helpers import planes_of
+from test_xla_ops import (
+    Guarded,
+    check,
+    convolution,
+    draw_codes,
+    each_isa,
+    each_kind,
+    operand_shapes,
+    oracle,
+    product_on_buffers,
+)
+
+from jax_apt import xla_ops
+
+pytestmark = pytest.mark.skipif(not xla_ops.is_available(), reason="the kernels are not compiled here")
+
+LAYERS = {
+    "one tile": convolution((4, 4), 16, 16, (3, 3), pad=1),
+    "odd map": convolution((13, 7), 32, 48, (3, 3), batch=2, pad=1),
+    "channels that fill no vector": convolution((9, 9), 17, 19, (3, 3), batch=2, pad=1),
+    "no padding": convolution((10, 6), 24, 16, (3, 3)),
+    "much padding, one side": convolution((6, 7), 16, 20, (3, 3), pad=(0, 3, 2), pad_after=(0, 0, 2)),
+    "cropped": convolution((9, 9), 16, 16, (3, 3), pad=(0, -1, 1), pad_after=(0, 1, -1)),
+    "another dimension in front": convolution((2, 6, 6), 16, 16, (1, 3, 3), pad=(0, 1, 1)),
+    "several blocks of channels": convolution((8, 8), 300, 226, (3, 3), pad=1),
+    "many tiles": convolution((31, 18), 16, 16, (3, 3), batch=7, pad=1),  # 280: three sums of 128
+}
+
+
+def edge_codes(shape, bits, signs):
+    """The largest codes, with the signs that the transforms add up: alternating along rows and columns."""
+    largest, grid = 2 ** (bits - 1) - 1, np.indices(shape).sum(0) if signs == "alternating" else 0
+    return np.broadcast_to(np.where(grid % 2 == 0, largest, -largest), shape)
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_equals_int64(isa, kind, name):
+    rng, geometry = np.random.default_rng(len(name)), LAYERS[name]
+    lhs, rhs, _ = operand_shapes(kind, geometry)
+    for bits in (8, 5):
+        check(isa, kind, geometry, draw_codes(rng, lhs, bits), draw_codes(rng, rhs, 8), (bits, -3, 8, 2))
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("name", ("several blocks of channels", "many tiles"))
+def test_the_largest_codes_overflow_nothing(isa, kind, name):
+    geometry = LAYERS[name]
+    lhs, rhs, _ = operand_shapes(kind, geometry)
+    for signs in ("equal", "alternating"):
+        operands = edge_codes(lhs, 8, signs), edge_codes(rhs, 8, signs)
+        check(isa, kind, geometry, *operands, (8, 0, 8, 0))
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("at_end", (True, False))
+def test_it_stays_within_its_buffers(isa, kind, at_end):
+    rng = np.random.default_rng(3)
+    for name in ("odd map", "channels that fill no vector", "much padding, one side", "cropped"):
+        geometry = LAYERS[name]
+        lhs, rhs, _ = (draw_codes(rng, shape, 8) for shape in operand_shapes(kind, geometry))
+        expected = oracle(kind, geometry, lhs, rhs, (8, 0, 8, 0))
+        x, y = (Guarded.like(planes_of(v, 8), at_end) for v in (lhs, rhs))
+        out = Guarded.like(np.zeros(expected.shape, np.float32), at_end)
+        product_on_buffers(isa, kind, geometry, x, y, (8, 0, 8, 0), out)
+        np.testing.assert_array_equal(out, expected)
