@@ -109,7 +109,7 @@ def explicit_axes(aval) -> tuple[str, ...]:
     return aval.sharding.mesh.explicit_axes
 
 
-def without_explicit_axes(function, out):
+def without_explicit_axes(function: Callable, out) -> Callable:
     """`function`, run as on a mesh whose explicit axes are automatic; its result is sharded as `out`'s type.
 
     Inside, XLA chooses how to shard, and types say nothing of it.

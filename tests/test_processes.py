@@ -26,12 +26,14 @@ def run(program, folder, *options):
 
 def test_a_run_that_lost_a_process_goes_on_and_ends_as_one_process_does(tmp_path):
     """Four processes; one is killed at step 15; two go on from the checkpoint of step 10."""
-    steps = ("--steps", 25)
+    steps = ("--steps", 25, "--threshold", 0.003)  # low, so that gradients soon take 16 bits
     _, alone = run("train.py", tmp_path / "alone", *steps)
     killed = ("--processes", 4, 2, "--kill", 1, "--kill-at", 15)
     output, lines = run("launch.py", tmp_path / "many", *steps, *killed)
-    assert output.splitlines()[0] == "attempt 1: 4 processes"
-    assert output.splitlines()[-1] == "attempt 2: 2 processes"
+    assert [line for line in output.splitlines() if "attempt" in line] == [
+        "attempt 1: 4 processes",
+        "attempt 2: 2 processes",
+    ]
     assert {line["step"] for line in lines if line["processes"] == 4} >= set(range(10))
     assert [line["step"] for line in lines if line["processes"] == 2] == list(range(10, 25))
     many = list({line["step"]: line for line in lines}.values())

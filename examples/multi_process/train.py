@@ -36,7 +36,7 @@ def main() -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
-    q = apt.apt_quantize(network, config=apt.Config(steps_per_epoch=20))
+    q = apt.apt_quantize(network, config=apt.Config(steps_per_epoch=20, threshold=args.threshold))
     params = initial_parameters()
     carried = (
         params,
@@ -51,6 +51,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         batch = [own_rows(rows, x) for x in make_batch(i, args.batch)]
         carried, loss = step(carried, *batch)
+        loss.block_until_ready()  # no process runs ahead of the others' checkpoints
         if args.process == 0:
             log(args.run / "log.jsonl", i, args.processes, loss, carried[2])
             if (i + 1) % args.save_every == 0:
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64, help="rows in all; a multiple of all devices")
     parser.add_argument("--save-every", type=int, default=10, help="steps")
+    parser.add_argument("--threshold", type=float, default=0.03, help="largest error of a width that is kept")
     parser.add_argument("--kill-at", type=int, help="step at which this process kills itself")
     return parser.parse_args()
 
