@@ -1,4 +1,4 @@
-"""The kernels for 64-bit Arm, compiled across and run under an emulator: equal to int64 loops, bit for bit."""
+"""The kernels for 64-bit Arm, compiled across, under an emulator: equal to int64 loops, bit for bit."""
 
 import os
 import pathlib
