@@ -6,7 +6,7 @@
 
 The shared library is built with the package and registered when it is first needed; without it, as in a
 portable installation, `is_available` is False and `unavailable_reason` says why. The environment variable
-JAX_APT_ISA forces an instruction set: amx, avx512vnni, avxvnni, avx2 or scalar.
+JAX_APT_ISA forces an instruction set: amx, avx512vnni, avxvnni, avx2, neon_i8mm, neon or scalar.
 """
 
 import ctypes
