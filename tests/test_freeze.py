@@ -223,7 +223,7 @@ def test_a_derivative_is_refused():
     p, x = two_layers()
     q = apt.apt_quantize(dense, backend="xla")
     frozen = apt.freeze(q, p, measured(q.init(p, x)), x)
-    with pytest.raises(TypeError, match="the forward pass alone; differentiate q.apply"):
+    with pytest.raises(TypeError, match=r"the forward pass alone; differentiate q.apply"):
         jax.make_jaxpr(jax.grad(lambda x: jnp.sum(apt.apply_frozen(q, frozen, x))))(x)
 
 
