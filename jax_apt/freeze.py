@@ -161,7 +161,7 @@ def _codes(path: str, leaf: Array, use: ProductUse, state: AptState) -> Fixed:
 def apply_frozen(q: AptFunction, frozen: Frozen, *args, **kwargs) -> Any:
     """`q.apply` on frozen weights: the same result, bit for bit, without quantizing them again.
 
-    It is the forward pass alone; it has no useful gradient.
+    It is the forward pass alone and has no derivative.
 
     Args:
       q: the quantized function, on any backend.
@@ -169,7 +169,7 @@ def apply_frozen(q: AptFunction, frozen: Frozen, *args, **kwargs) -> Any:
       *args, **kwargs: the rest of the function's arguments; their sizes may differ from those at `freeze`.
 
     Raises:
-      TypeError: `q` was not made by `apt_quantize`, or `frozen` is no Frozen.
+      TypeError: `q` was not made by `apt_quantize`, `frozen` is no Frozen, or a derivative is taken.
       ValueError: the function has other layers than the frozen model, or it uses the float value of a
         weight that was not kept; the message names them.
     """
@@ -271,7 +271,7 @@ class _FrozenReplayer(_Replayer):
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
         formats, _ = sites[node.layer]
         x, weight = reversed(inputs) if node.is_weight_lhs else inputs
-        x, codes = _value(x).astype(jnp.float32), None
+        x, codes = _not_differentiable(_value(x).astype(jnp.float32)), None
         if isinstance(weight, _Weight):
             codes = weight.for_layer(node.layer)
         w = _value(weight).astype(jnp.float32) if codes is None else codes
@@ -323,6 +323,16 @@ def _value(x):
             "with the arguments that the function is called with"
         )
     return x.value
+
+
+@jax.custom_jvp
+def _not_differentiable(x: Array) -> Array:
+    return x
+
+
+@_not_differentiable.defjvp
+def _refuse_derivative(primals, tangents):
+    raise TypeError("apply_frozen is the forward pass alone; differentiate q.apply on the weights themselves")
 
 
 def _operand(codes: Array, format: Array, site: Site) -> Operand:

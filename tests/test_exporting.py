@@ -83,7 +83,7 @@ def test_a_frozen_model_exported_with_its_weights_inside(trained):
 
 
 def constants(exported):
-    return "\n".join(line for line in exported.mlir_module().splitlines() if "constant" in line)
+    return "\n".join(line for line in exported.mlir_module().splitlines() if "stablehlo.constant" in line)
 
 
 def test_a_frozen_model_as_an_argument(trained):

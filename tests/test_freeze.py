@@ -218,6 +218,15 @@ def test_errors_name_the_cause():
         apt.apply_frozen(q, p, x)
 
 
+def test_a_derivative_is_refused():
+    """It would be zero: codes are rounded."""
+    p, x = two_layers()
+    q = apt.apt_quantize(dense, backend="xla")
+    frozen = apt.freeze(q, p, measured(q.init(p, x)), x)
+    with pytest.raises(TypeError, match=r"the forward pass alone; differentiate q.apply"):
+        jax.make_jaxpr(jax.grad(lambda x: jnp.sum(apt.apply_frozen(q, frozen, x))))(x)
+
+
 def test_nan_activations_go_where_float32_takes_them():
     p, x = two_layers()
     q = apt.apt_quantize(dense, backend="xla")
