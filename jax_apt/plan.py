@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
 from jax_apt.config import Rule, candidates
-from jax_apt.products import PRODUCTS
+from jax_apt.primitives import FAMILY_OF, PRODUCTS, RAGGED, is_product
 from jax_apt.ragged import ragged_program
 from jax_apt.state import Layer, Layout, LeftInFloat
 
@@ -59,6 +59,10 @@ class Nested(NamedTuple):
     bodies: tuple["Plan", ...]  # of a custom rule: the function, then its gradient
     is_over_layers: bool = False  # a scan whose slices have a precision each
 
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in its bodies, each once."""
+        return tuple(dict.fromkeys(name for body in self.bodies for name in body.layers()))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,10 +75,7 @@ class Plan:
         """Names of the layers in this jaxpr and its bodies, each once."""
         names: dict[str, None] = {}
         for node in self.nodes.values():
-            if isinstance(node, QuantizedProduct):
-                names[node.layer] = None
-            else:
-                names |= dict.fromkeys(name for body in node.bodies for name in body.layers())
+            names |= dict.fromkeys((node.layer,) if isinstance(node, QuantizedProduct) else node.layers())
         return tuple(names)
 
 
@@ -120,12 +121,36 @@ def layer_name(path: str) -> str:
     return "/".join(parts)
 
 
+def _equations(jaxpr: ClosedJaxpr) -> Iterator[JaxprEqn]:
+    """Every equation, with those of bodies; what stays in float stays so as a whole."""
+    for eqn in jaxpr.jaxpr.eqns:
+        yield eqn
+        for body in () if _reason_left_in_float(eqn) else versions.sub_jaxprs(eqn):
+            yield from _equations(body)
+
+
 def has_product(jaxpr: ClosedJaxpr) -> bool:
-    return any(
-        eqn.primitive.name in (*PRODUCTS, *versions.RAGGED, *versions.OTHER_PRODUCTS)
-        or any(map(has_product, versions.sub_jaxprs(eqn)))
-        for eqn in jaxpr.jaxpr.eqns
-    )
+    return any(is_product(eqn.primitive.name) for eqn in _equations(jaxpr))
+
+
+def _is_passed_over(jaxpr: ClosedJaxpr) -> bool:
+    """Whether nothing in a body is quantized or reported."""
+    return not any(is_product(e.primitive.name) or _reason_left_in_float(e) for e in _equations(jaxpr))
+
+
+def _reason_left_in_float(eqn: JaxprEqn) -> str:
+    """Why an equation's results stay in float and the report says so; else ""."""
+    name = eqn.primitive.name
+    if not all(any(map(_is_float, variables)) for variables in (eqn.invars, eqn.outvars)):
+        return ""
+    if name in FAMILY_OF:
+        return FAMILY_OF[name].reason
+    return "" if versions.sub_jaxprs(eqn) else "unknown to jax_apt: whatever it computes stays as it is"
+
+
+def _is_float(var) -> bool:
+    dtype = getattr(versions.aval(var), "dtype", None)  # a token has none
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 # Walk
@@ -168,19 +193,23 @@ class _Planner:
         outputs = [_join(inputs)] * len(eqn.outvars)
         if name in PRODUCTS:
             return self._product(eqn, inputs, stack, scope), outputs
-        if name in versions.OTHER_PRODUCTS:
-            self._leave(scope or name, eqn, f"{name} has no fixed-point form")
+        if reason := _reason_left_in_float(eqn):
+            self._leave(scope or name, eqn, reason)
             return None, outputs
-        if name in versions.OPAQUE:
-            self._leave(scope or name, eqn, "not a JAX program: whatever it computes stays as it is")
+        if name not in RAGGED and all(map(_is_passed_over, versions.sub_jaxprs(eqn))):
             return None, outputs
-        if name in versions.RAGGED or any(map(has_product, versions.sub_jaxprs(eqn))):
-            return _BODIES.get(name, _Planner._unreachable)(self, eqn, inputs, stack, scope)
-        return None, outputs
+        visit = _BODIES.get(eqn.primitive.name, _Planner._unreachable)
+        node, outputs = visit(self, eqn, inputs, stack, scope)
+        return (node if node is not None and node.layers() else None), outputs
 
     def _unreachable(self, eqn, inputs, stack, scope):
         """A primitive whose body cannot be replayed: left in float if a rule says so, else an error."""
         name = _join_scope(scope, versions.name(eqn))
+        bodies = versions.sub_jaxprs(eqn)
+        if not any(map(has_product, bodies)):
+            inside = {e.primitive.name: None for b in bodies for e in _equations(b) if _reason_left_in_float(e)}
+            self._leave(name, eqn, f"{', '.join(inside)} inside stays in float")
+            return None, [_join(inputs)] * len(eqn.outvars)
         index, rule = self._rule_for(name, eqn, None)
         if index is None or rule.quantize:
             raise NotImplementedError(
@@ -189,11 +218,6 @@ class _Planner:
                 f"with Rule({re.escape(name)!r}, quantize=False)"
             )
         self._leave(name, eqn, f"rule {str(rule)!r}")
-        return None, [_join(inputs)] * len(eqn.outvars)
-
-    def _solver(self, eqn, inputs, stack, scope):
-        name = _join_scope(scope, versions.name(eqn))
-        self._leave(name, eqn, "a solver: its iteration needs its products as they are")
         return None, [_join(inputs)] * len(eqn.outvars)
 
     # Bodies
@@ -305,9 +329,8 @@ _BODIES = {
     "while": _Planner._while,
     "cond": _Planner._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Planner._custom_rule),
-    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL, "shard_map"), _Planner._call),
-    **dict.fromkeys(versions.RAGGED, _Planner._ragged),
-    **dict.fromkeys((*versions.SOLVERS, "CustomRoot"), _Planner._solver),
+    **dict.fromkeys(("jit", "remat2", "shard_map", *versions.CALL), _Planner._call),
+    **dict.fromkeys(RAGGED, _Planner._ragged),
 }
 
 

@@ -28,6 +28,7 @@ from jax_apt.plan import (
     parameter_labels,
     warn_unused_rules,
 )
+from jax_apt.primitives import RAGGED
 from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
 from jax_apt.state import (
@@ -311,7 +312,7 @@ class _Replayer:
         return out.astype(versions.aval(eqn.outvars[0]).dtype)
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
-        return _BODIES[versions.name(eqn)](self, eqn, node, inputs, sites)
+        return _BODIES[eqn.primitive.name](self, eqn, node, inputs, sites)
 
     def _body(self, plan: Plan, sites: Sites, *args) -> list:
         return self.replay(plan, args, sites)
@@ -434,9 +435,9 @@ _BODIES = {
     "while": _Replayer._while,
     "cond": _Replayer._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Replayer._custom_rule),
-    **dict.fromkeys(versions.JIT, _Replayer._jit),
-    **dict.fromkeys(versions.REMAT, _Replayer._remat),
-    **dict.fromkeys((*versions.CALL, *versions.RAGGED), _Replayer._call),
+    "jit": _Replayer._jit,
+    "remat2": _Replayer._remat,
+    **dict.fromkeys((*versions.CALL, *RAGGED), _Replayer._call),
 }
 
 
