@@ -163,6 +163,7 @@ class _Planner:
     found: dict[str, Layer] = field(default_factory=dict)
     left: dict[str, LeftInFloat] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
+    is_in_rule: bool = False  # the walk is inside a custom rule
 
     def layout(self) -> Layout:
         unused = tuple(str(r) for i, r in enumerate(self.rules) if i not in self.used)
@@ -261,12 +262,20 @@ class _Planner:
         return Nested(tuple(plan for plan, _ in walks)), outputs
 
     def _custom_rule(self, eqn, inputs, stack, scope):
-        """The function's own products, and those of the gradient that its author wrote."""
+        """The function's own products, and those of the gradient that its author wrote.
+
+        A rule inside another is a call: the outer one's gradient has its derivative already, and may call
+        the very function that it is the rule of.
+        """
+        if self.is_in_rule:
+            return self._call(eqn, inputs, stack, scope)
+        self.is_in_rule = True
         (body,) = versions.sub_jaxprs(eqn)
         forward, outputs = self.walk(body, inputs, stack, scope)
         program = versions.gradient_program(eqn)
         cotangents: list[Label] = [_GRADIENT] * (len(program.in_avals) - len(inputs))
         gradient, _ = self.walk(program, [*inputs, *cotangents], stack, scope)
+        self.is_in_rule = False
         return Nested((forward, gradient)), outputs
 
     # Products

@@ -396,6 +396,8 @@ class _Replayer:
         The products in here are not differentiated, so their statistics are pulled out of them with zero
         cotangents.
         """
+        if len(node.bodies) == 1:
+            return self._call(eqn, node, inputs, sites)
         forward, gradient = node.bodies
 
         def observed(plan, formats, taps, args):
