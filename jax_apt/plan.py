@@ -208,7 +208,9 @@ class _Planner:
         name = _join_scope(scope, versions.name(eqn))
         bodies = versions.sub_jaxprs(eqn)
         if not any(map(has_product, bodies)):
-            inside = {e.primitive.name: None for b in bodies for e in _equations(b) if _reason_left_in_float(e)}
+            inside = {
+                e.primitive.name: None for b in bodies for e in _equations(b) if _reason_left_in_float(e)
+            }
             self._leave(name, eqn, f"{', '.join(inside)} inside stays in float")
             return None, [_join(inputs)] * len(eqn.outvars)
         index, rule = self._rule_for(name, eqn, None)

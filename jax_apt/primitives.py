@@ -7,66 +7,58 @@ lists it unless it takes or gives no floats.
 
 from typing import NamedTuple
 
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 PRODUCTS = ("dot_general", "conv_general_dilated")
 RAGGED = ("ragged_dot_general",)
 
-REPLAYED = tuple(
-    """
+REPLAYED = _names("""
     call_hi_primitive closed_call composite cond custom_jvp_call custom_vjp_call custom_vmap_call
     eval_jaxpr jit remat2 scan shard_map while
-    """.split()
-)
+    """)
 
 # Left in float, with the reason that the report gives
 
-NO_FIXED_POINT = tuple(
-    """
+NO_FIXED_POINT = _names("""
     bcoo_dot_general bcoo_dot_general_sampled bcoo_spdot_general bcsr_dot_general coo_matmat coo_matvec
     coo_spmm coo_spmv csr_matmat csr_matvec csr_spmm csr_spmv dot_product_attention_bwd
     dot_product_attention_bwd_wrapper dot_product_attention_fp8_bwd
     dot_product_attention_fp8_bwd_wrapper dot_product_attention_fp8_fwd
     dot_product_attention_fp8_fwd_wrapper dot_product_attention_fwd dot_product_attention_fwd_wrapper
     rnn_bwd rnn_fwd scaled_dot scaled_matmul scaled_matmul_wrapper
-    """.split()
-)
-LINEAR_ALGEBRA = tuple(
-    """
+    """)
+LINEAR_ALGEBRA = _names("""
     cholesky cholesky_update custom_linear_solve eig eigh geqp3 geqrf hessenberg householder_product lu
     ormqr qr schur spsolve svd symmetric_product triangular_solve tridiagonal tridiagonal_solve
-    """.split()
-)
-OPAQUE = tuple(
-    """
+    """)
+OPAQUE = _names("""
     buffer_callback call_exported call_hi_primitive_linearized custom_lin ffi_call io_callback
     mosaic_gpu_p pure_callback tpu_custom_call thunky.all_gather thunky.all_reduce thunky.all_to_all
     thunky.async_done thunky.async_start thunky.call_jax thunky.call_thunky_nested
     thunky.collective_group thunky.collective_permute thunky.cond thunky.copy thunky.custom_call
     thunky.inline_constant thunky.memset thunky.memzero thunky.ptx_kernel thunky.reduce_scatter
     thunky.while
-    """.split()
-)
+    """)
 
 # Primitives with bodies that are not replayed: run as they are unless a body holds a product
 
-BODIES = tuple(
-    """
+BODIES = _names("""
     call compute_on core_map cudnn_fusion custom_fusion custom_jvp_call_jaxpr custom_partitioning
     emit_pipeline fused_call fusible jaxpr_call linear_call mpmd_map pallas_call
     parallel_loop pipeline_body reduce reduce_scatter reduce_window remat_opt run_scoped run_state
     scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub select_and_scatter
     xla_metadata_call
-    """.split()
-)
+    """)
 
 # What stands in the kernels of Pallas alone
 
-KERNEL_PRODUCTS = tuple(
-    """
+KERNEL_PRODUCTS = _names("""
     conv matmul_acc_lhs matmul_lhs_fifo matmul_pop matmul_pop_fifo matmul_push_rhs mma tcgen05_mma wgmma
-    """.split()
-)
-IN_KERNELS = tuple(
-    """
+    """)
+IN_KERNELS = _names("""
     assert_consumed_value async_copy_scales_to_tmem async_copy_smem_to_tmem
     async_copy_sparse_metadata_to_tmem async_load async_prefetch async_store_smem async_store_tmem
     atomic_cas atomic_rmw barrier barrier_arrive barrier_arrive_and_wait barrier_test barrier_wait
@@ -84,11 +76,9 @@ IN_KERNELS = tuple(
     try_cluster_cancel unique unpack_dtype unpack_elementwise wait_gmem_to_smem wait_load_tmem
     wait_smem_to_gmem wgmma_accumulator_deref wgmma_accumulator_deref_p wgmma_accumulator_store
     wgmma_accumulator_store_p wgmma_ref wgmma_wait with_memory_space_constraint
-    """.split()
-)
+    """)
 
-WITHOUT_PRODUCT = tuple(
-    """
+WITHOUT_PRODUCT = _names("""
     _copysign abs accum_grad_in_ref acos acosh add add_any add_dependency addupdate after_all all_gather
     all_gather_done all_gather_invariant all_gather_reduced all_gather_reduced_start all_gather_start
     all_reduce_ffs all_reduce_population_count all_to_all all_to_all_done all_to_all_start and
@@ -118,8 +108,7 @@ WITHOUT_PRODUCT = tuple(
     to_edtype todense top_k transpose unpack unpin unreachable unreduced_pmax unreduced_pmin
     unreduced_psum unreduced_psum_start unreduced_reduce_scatter unreduced_reduce_scatter_start unstack
     vary_unreduced_cast vary_unreduced_cast_p xla_metadata_value xor zeros_like zeta
-    """.split()
-)
+    """)
 
 
 class Family(NamedTuple):

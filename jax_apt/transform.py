@@ -32,6 +32,7 @@ from jax_apt.primitives import RAGGED
 from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
 from jax_apt.state import (
+    WATCH,
     AptState,
     Layer,
     Layout,
@@ -136,6 +137,8 @@ class AptFunction:
           ValueError: the state belongs to another function; the message names the difference.
         """
         check_state(state, "apply(variables, state, ...)")
+        if (watch := WATCH.get()) is not None:
+            watch.see(state)
         traced = _trace(self, variables, args, kwargs)
         check_same_layers(state, traced.layout)
         taps = zero_taps(state.layout) if state.taps is None else state.taps

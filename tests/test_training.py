@@ -148,6 +148,26 @@ def test_a_donated_state_trains_and_a_closed_over_state_is_read():
     np.testing.assert_array_equal(jax.jit(lambda x: q.apply(p, state, x))(x), q.apply(p, state, x))
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_loss_that_reads_the_state_from_outside_warns(wrap):
+    q, p, x = start()
+    state = q.init(p, x)
+
+    def step(p, state):
+        return apt.value_and_grad(lambda p, _: jnp.sum(q.apply(p, state, x)), q)(p, state)
+
+    with pytest.warns(UserWarning, match="the precision state learns nothing") as caught:
+        _, _, after = wrap(step)(p, state)
+    assert len(caught) == 1 and not np.any(after.precision.updates)
+    text = str(q.report(after))
+    assert "a: not measured in 1 training step(s): the loss did not use it" in text
+
+    def teacher(p, given):  # reading the outer state beside the given one is no mistake
+        return jnp.sum(q.apply(p, given, x) - jax.lax.stop_gradient(q.apply(p, state, x)))
+
+    assert wrap(apt.value_and_grad(teacher, q))(p, state)[2].step == 1
+
+
 def test_optax_trains_as_well_as_in_float32():
     """A regression to noise-free targets: both losses fall alike."""
     q, p, x = start(steps_per_epoch=20)
