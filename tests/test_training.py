@@ -93,7 +93,8 @@ def test_statistics_of_microbatches_add_up():
 def test_a_layer_that_the_loss_does_not_use_keeps_its_state():
     q, p, x = start()
     state = q.init(p, x)
-    _, _, after = apt.value_and_grad(lambda p, state: jnp.sum(p["a"]["kernel"]), q)(p, state)
+    step = jax.jit(apt.value_and_grad(lambda p, state: jnp.sum(p["a"]["kernel"]), q))
+    _, _, after = step(p, state)
     assert after.step == 1
     for field in ("bits", "exponent", "range_average", "next_update", "updates", "nonfinite"):
         assert equal(getattr(after.precision, field), getattr(state.precision, field))
@@ -102,9 +103,10 @@ def test_a_layer_that_the_loss_does_not_use_keeps_its_state():
 def test_apply_without_training_leaves_no_trace():
     q, p, x = start()
     state = q.init(p, x)
-    fresh = q.apply(p, state, x)
-    _, _, trained = apt.value_and_grad(lambda p, s: jnp.sum(q.apply(p, s, x)), q)(p, state)
-    np.testing.assert_array_equal(q.apply(p, trained, x), fresh)  # the formats that training found
+    apply = jax.jit(q.apply)
+    fresh = apply(p, state, x)
+    _, _, trained = jax.jit(apt.value_and_grad(lambda p, s: jnp.sum(q.apply(p, s, x)), q))(p, state)
+    np.testing.assert_array_equal(apply(p, trained, x), fresh)  # the formats that training found
     assert trained.taps is None
 
 
@@ -115,7 +117,8 @@ def test_aux_and_further_arguments_pass_through():
         y = q.apply(p, state, x)
         return weight * jnp.sum(y), {"y": y}
 
-    (value, aux), grads, _ = apt.value_and_grad(loss_fn, q, has_aux=True)(p, q.init(p, x), x, weight=2.0)
+    step = jax.jit(apt.value_and_grad(loss_fn, q, has_aux=True))
+    (value, aux), grads, _ = step(p, q.init(p, x), x, weight=2.0)
     np.testing.assert_allclose(value, 2 * jnp.sum(aux["y"]), rtol=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(p)
 
