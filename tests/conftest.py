@@ -34,18 +34,17 @@ def promotion_as_users_have_it():
 def quick_compilation(tmp_path_factory):
     """For whole trainings, here and in child processes: compiled once and without costly optimizations."""
     folder = str(tmp_path_factory.getbasetemp() / "compiled")
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    settings = {  # here, and JAX's default
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (folder, None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
     }
-    before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
+        for name, (value, _) in settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
         compilation_cache.reset_cache()  # else the process keeps what it chose at its first compilation
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
     compilation_cache.reset_cache()
