@@ -9,6 +9,7 @@ from small_networks import FASTEST, WIDE, assert_close_gradients, loss_and_grads
 
 import jax_apt as apt
 
+NHWC = ("NHWC", "HWIO", "NHWC")
 ACTS = apt.Rule(acts=12, weights=24, grads=24)  # shows which operands count as activations
 
 
@@ -104,17 +105,16 @@ def taps(x):
 
 def test_a_convolution_written_as_dot_general_is_one():
     """The same codes and exact sums: output and weight gradient are those of the convolution, bit for bit."""
-    dims = ("NHWC", "HWIO", "NHWC")
 
     def convolution(p, x):
-        return lax.conv_general_dilated(x, p["kernel"], (1, 1), "VALID", dimension_numbers=dims)
+        return lax.conv_general_dilated(x, p["kernel"], (1, 1), "VALID", dimension_numbers=NHWC)
 
     def by_taps(p, x):
         return taps(x) @ p["kernel"].reshape(-1, 4)
 
     def by_patches(p, x):
         kernel = jnp.moveaxis(p["kernel"], 2, 0).reshape(-1, 4)  # patches run by channel, then by tap
-        return lax.conv_general_dilated_patches(x, (3, 3), (1, 1), "VALID", dimension_numbers=dims) @ kernel
+        return lax.conv_general_dilated_patches(x, (3, 3), (1, 1), "VALID", dimension_numbers=NHWC) @ kernel
 
     p, x = {"kernel": normal(0, 3, 3, 2, 4)}, normal(1, 2, 5, 6, 2)
     expected, gradients, state = loss_and_grads(apt.apt_quantize(convolution, backend=FASTEST), p, x)
@@ -130,7 +130,7 @@ def test_a_convolution_written_as_dot_general_is_one():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_preferred_element_type_is_that_of_the_result(dtype):
-    """Products of half precision that ask for float32 sums get them, not rounded to half precision between."""
+    """Products of half precision that ask for float32 sums get them, never rounded to half."""
 
     def fn(p, x):
         return lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
