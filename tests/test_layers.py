@@ -58,7 +58,7 @@ def test_an_embedding_as_a_matrix_product_gives_rows_of_the_quantized_table():
     p, tokens = {"embedding": normal(0, 7, 5)}, jnp.array([[3, 0], [6, 3]])
     assert layers_of(embed, p, tokens)["embedding"].widths[:2] == ((12,), (24,))
     q = apt.apt_quantize(embed, backend=FASTEST)
-    value, gradients, _ = loss_and_grads(q, p, tokens)
+    _, gradients, _ = loss_and_grads(q, p, tokens)
     rows = apt.quantize_to(p["embedding"], 8)[tokens]
     np.testing.assert_array_equal(q.apply(p, q.init(p, tokens), tokens), rows)
     assert not np.any(gradients["embedding"][jnp.array([1, 2, 4, 5])])  # tokens that are not there
