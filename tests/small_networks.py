@@ -25,8 +25,9 @@ def loss_and_grads(q, variables, *args):
     return jax.jit(apt.value_and_grad(loss_fn, q))(variables, state)
 
 
-def reference_grads(fn, variables, *args):
-    return jax.grad(lambda v: jnp.mean(fn(v, *args) ** 2))(variables)
+def reference(fn, variables, *args):
+    """The same step's loss and gradients in float32."""
+    return jax.jit(jax.value_and_grad(lambda v: jnp.mean(fn(v, *args) ** 2)))(variables)
 
 
 def assert_close_gradients(actual, expected, tolerance=1e-3):
