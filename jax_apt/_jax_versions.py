@@ -14,14 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-JIT = ("jit", "pjit")
-REMAT = ("remat2", "remat", "checkpoint")
-CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call")
-CALL = ("closed_call", "core_call", "custom_vmap_call", "composite")
-RAGGED = ("ragged_dot_general",)
-SOLVERS = ("custom_linear_solve",)  # lax.custom_root is one of them, or a HiPrim named CustomRoot
-OPAQUE = ("pure_callback", "io_callback")
-OTHER_PRODUCTS = ("bcoo_dot_general",)
+CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call", "call_hi_primitive")
+CALL = ("closed_call", "eval_jaxpr", "custom_vmap_call", "composite")
 
 _LIBRARIES = tuple(
     os.path.join(sysconfig.get_paths()[kind], package) + os.sep
@@ -48,14 +42,14 @@ def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
 
 
 def sub_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
-    """Every jaxpr among an equation's parameters; for a HiPrim what it expands to, and its gradient."""
+    """Every jaxpr among an equation's parameters; for a HiPrim what it expands to."""
+    if "_prim" in eqn.params:
+        return [_expansion(eqn)]
     found = []
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (Jaxpr, ClosedJaxpr)):
                 found.append(closed(item))
-    if "_prim" in eqn.params:
-        found += [_expansion(eqn), gradient_program(eqn)]
     return found
 
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from jax_apt import _jax_versions as versions
 from jax_apt import max_pool, xla_ops
 from jax_apt.config import Rule, candidates
-from jax_apt.products import PRODUCTS
+from jax_apt.primitives import FAMILY_OF, PRODUCTS, RAGGED, is_product
 from jax_apt.ragged import ragged_program
 from jax_apt.state import Layer, Layout, LeftInFloat, Replaced
 
@@ -63,6 +63,10 @@ class Nested(NamedTuple):
     bodies: tuple["Plan", ...]  # of a custom rule: the function, then its gradient
     is_over_layers: bool = False  # a scan whose slices have a precision each
 
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in its bodies, each once."""
+        return tuple(dict.fromkeys(name for body in self.bodies for name in body.layers()))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -78,7 +82,7 @@ class Plan:
             if isinstance(node, QuantizedProduct):
                 names[node.layer] = None
             elif isinstance(node, Nested):
-                names |= dict.fromkeys(name for body in node.bodies for name in body.layers())
+                names |= dict.fromkeys(node.layers())
         return tuple(names)
 
 
@@ -129,12 +133,36 @@ def layer_name(path: str) -> str:
     return "/".join(parts)
 
 
+def _equations(jaxpr: ClosedJaxpr) -> Iterator[JaxprEqn]:
+    """Every equation, with those of bodies; what stays in float stays so as a whole."""
+    for eqn in jaxpr.jaxpr.eqns:
+        yield eqn
+        for body in () if _reason_left_in_float(eqn) else versions.sub_jaxprs(eqn):
+            yield from _equations(body)
+
+
 def has_product(jaxpr: ClosedJaxpr) -> bool:
-    return any(
-        eqn.primitive.name in (*PRODUCTS, *versions.RAGGED, *versions.OTHER_PRODUCTS)
-        or any(map(has_product, versions.sub_jaxprs(eqn)))
-        for eqn in jaxpr.jaxpr.eqns
-    )
+    return any(is_product(eqn.primitive.name) for eqn in _equations(jaxpr))
+
+
+def _is_passed_over(jaxpr: ClosedJaxpr) -> bool:
+    """Whether nothing in a body is quantized or reported."""
+    return not any(is_product(e.primitive.name) or _reason_left_in_float(e) for e in _equations(jaxpr))
+
+
+def _reason_left_in_float(eqn: JaxprEqn) -> str:
+    """Why an equation's results stay in float and the report says so; else ""."""
+    name = eqn.primitive.name
+    if not all(any(map(_is_float, variables)) for variables in (eqn.invars, eqn.outvars)):
+        return ""
+    if name in FAMILY_OF:
+        return FAMILY_OF[name].reason
+    return "" if versions.sub_jaxprs(eqn) else "unknown to jax_apt: whatever it computes stays as it is"
+
+
+def _is_float(var) -> bool:
+    dtype = getattr(versions.aval(var), "dtype", None)  # a token has none
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def has_max_pool(jaxpr: ClosedJaxpr) -> bool:
@@ -158,6 +186,7 @@ class _Planner:
     replaced: list[Replaced] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
     shard_maps: tuple[JaxprEqn, ...] = ()  # around the equation at hand
+    is_in_rule: bool = False  # the walk is inside a custom rule
 
     def layout(self) -> Layout:
         unused = tuple(str(r) for i, r in enumerate(self.rules) if i not in self.used)
@@ -188,29 +217,34 @@ class _Planner:
         outputs = [_join(inputs)] * len(eqn.outvars)
         if name in PRODUCTS:
             return self._product(eqn, inputs, stack, scope), outputs
-        if name in versions.OTHER_PRODUCTS:
-            self._leave(scope or name, eqn, f"{name} has no fixed-point form")
-            return None, outputs
-        if name in versions.OPAQUE:
-            self._leave(scope or name, eqn, "not a JAX program: whatever it computes stays as it is")
+        if reason := _reason_left_in_float(eqn):
+            self._leave(scope or name, eqn, reason)
             return None, outputs
         if name == max_pool.PRIMITIVE and self.replaces and max_pool.has_native_gradient(eqn):
-            self.replaced.append(
-                Replaced(scope or name, name, f"gradient by a custom call ({xla_ops.isa()})")
-            )
+            by = f"gradient by a custom call ({xla_ops.isa()})"
+            self.replaced.append(Replaced(scope or name, name, by))
             return MaxPool(), outputs
-        if name in versions.RAGGED or any(map(self._is_replayed(name), versions.sub_jaxprs(eqn))):
-            return _BODIES.get(name, _Planner._unreachable)(self, eqn, inputs, stack, scope)
-        return None, outputs
+        if name not in RAGGED and all(map(self._is_passed_over(name), versions.sub_jaxprs(eqn))):
+            return None, outputs
+        visit = _BODIES.get(eqn.primitive.name, _Planner._unreachable)
+        node, outputs = visit(self, eqn, inputs, stack, scope)
+        return (node if node is not None and any(body.nodes for body in node.bodies) else None), outputs
 
-    def _is_replayed(self, name: str) -> Callable[[ClosedJaxpr], bool]:
+    def _is_passed_over(self, name: str) -> Callable[[ClosedJaxpr], bool]:
         if self.replaces and name in _PASSED_THROUGH:
-            return lambda body: has_product(body) or has_max_pool(body)
-        return has_product
+            return lambda body: _is_passed_over(body) and not has_max_pool(body)
+        return _is_passed_over
 
     def _unreachable(self, eqn, inputs, stack, scope):
         """A primitive whose body cannot be replayed: left in float if a rule says so, else an error."""
         name = _join_scope(scope, versions.name(eqn))
+        bodies = versions.sub_jaxprs(eqn)
+        if not any(map(has_product, bodies)):
+            inside = {
+                e.primitive.name: None for b in bodies for e in _equations(b) if _reason_left_in_float(e)
+            }
+            self._leave(name, eqn, f"{', '.join(inside)} inside stays in float")
+            return None, [_join(inputs)] * len(eqn.outvars)
         index, rule = self._rule_for(name, eqn, None)
         if index is None or rule.quantize:
             raise NotImplementedError(
@@ -219,11 +253,6 @@ class _Planner:
                 f"with Rule({re.escape(name)!r}, quantize=False)"
             )
         self._leave(name, eqn, f"rule {str(rule)!r}")
-        return None, [_join(inputs)] * len(eqn.outvars)
-
-    def _solver(self, eqn, inputs, stack, scope):
-        name = _join_scope(scope, versions.name(eqn))
-        self._leave(name, eqn, "a solver: its iteration needs its products as they are")
         return None, [_join(inputs)] * len(eqn.outvars)
 
     # Bodies
@@ -273,12 +302,20 @@ class _Planner:
         return node, outputs
 
     def _custom_rule(self, eqn, inputs, stack, scope):
-        """The function's own products, and those of the gradient that its author wrote."""
+        """The function's own products, and those of the gradient that its author wrote.
+
+        A rule inside another is a call: the outer one's gradient has its derivative already, and may call
+        the very function that it is the rule of.
+        """
+        if self.is_in_rule:
+            return self._call(eqn, inputs, stack, scope)
+        self.is_in_rule = True
         (body,) = versions.sub_jaxprs(eqn)
         forward, outputs = self.walk(body, inputs, stack, scope)
         program = versions.gradient_program(eqn, self.shard_maps)
         cotangents: list[Label] = [_GRADIENT] * (len(program.in_avals) - len(inputs))
         gradient, _ = self.walk(program, [*inputs, *cotangents], stack, scope)
+        self.is_in_rule = False
         return Nested((forward, gradient)), outputs
 
     # Products
@@ -339,17 +376,16 @@ class _Planner:
         self.left[name] = LeftInFloat(name, versions.name(eqn), reason)
 
 
-_PASSED_THROUGH = ("scan", "cond", *versions.JIT, *versions.REMAT, *versions.CALL, "shard_map")
+_PASSED_THROUGH = ("scan", "cond", "jit", "remat2", "shard_map", *versions.CALL)
 
 _BODIES = {
     "scan": _Planner._scan,
     "while": _Planner._while,
     "cond": _Planner._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Planner._custom_rule),
-    **dict.fromkeys((*versions.JIT, *versions.REMAT, *versions.CALL), _Planner._call),
+    **dict.fromkeys(("jit", "remat2", *versions.CALL), _Planner._call),
     "shard_map": _Planner._shard_map,
-    **dict.fromkeys(versions.RAGGED, _Planner._ragged),
-    **dict.fromkeys((*versions.SOLVERS, "CustomRoot"), _Planner._solver),
+    **dict.fromkeys(RAGGED, _Planner._ragged),
 }
 
 

@@ -71,6 +71,11 @@ class Report:
         lines += [f"replaced: {x.name} ({x.primitive}): {x.by}" for x in self.layout.replaced]
         lines += [f"rule {rule!r} hit no layer" for rule in self.layout.unused_rules]
         lines += [
+            f"{name}: not measured in {self.steps} training step(s): the loss did not use it"
+            for name, tensors in self.tensors.items()
+            if self.steps and not any(r.updates or r.nonfinite for r in tensors.values())
+        ]
+        lines += [
             f"{name}: {r.nonfinite} NaN or infinite values in {t}"
             for name, tensors in self.tensors.items()
             for t, r in tensors.items()

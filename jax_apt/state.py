@@ -11,6 +11,7 @@ The largest magnitude of several uses is the highest exponent that any of them m
 
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -163,6 +164,22 @@ def formats(state: AptState) -> dict[str, Array]:
 
 
 # Taps: what a quantized product reports
+
+
+@dataclass
+class Watch:
+    """Which states a loss was traced with; keeps no tracer of the loss."""
+
+    outer_step: Any  # of the state that `value_and_grad` was called with
+    used_taps: bool = False
+    used_outer: bool = False
+
+    def see(self, state: AptState) -> None:
+        self.used_taps = self.used_taps or state.taps is not None
+        self.used_outer = self.used_outer or (state.taps is None and state.step is self.outer_step)
+
+
+WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 def zero_taps(layout: Layout) -> dict[str, Array]:

@@ -1,12 +1,13 @@
 """Gradients and the next precision state in one call."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_apt.state import AptState, check_state
+from jax_apt.state import WATCH, AptState, Watch, check_state
 from jax_apt.transform import AptFunction
 
 
@@ -28,6 +29,10 @@ def value_and_grad(
     Raises:
       TypeError: `loss_fn` is no function or `q` was not made by `apt_quantize`; a leaf of the variables is
         not float32, float16 or bfloat16; or the state is no AptState.
+
+    Warns:
+      UserWarning: the loss calls `apply` with the state outside it and never with the one that it is given,
+        so the state learns nothing.
     """
     if not callable(loss_fn) or isinstance(loss_fn, AptFunction):
         raise TypeError(
@@ -43,10 +48,22 @@ def value_and_grad(
             return loss_fn(variables, q.with_taps(state, taps), *args, **kwargs)
 
         both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=has_aux)
-        value, (gradients, statistics) = both(variables, q.taps(state))
+        token = WATCH.set(watch := Watch(state.step))
+        try:
+            value, (gradients, statistics) = both(variables, q.taps(state))
+        finally:
+            WATCH.reset(token)
+        if watch.used_outer and not watch.used_taps:
+            warnings.warn(_OUTER_STATE, stacklevel=2)
         return value, gradients, q.update(state, statistics)
 
     return with_statistics
+
+
+_OUTER_STATE = (
+    "the loss calls apply with the state from outside it: the precision state learns nothing. Use the state "
+    "that is the second argument of loss_fn(variables, state, ...)"
+)
 
 
 def _check(variables, state) -> None:

@@ -31,6 +31,7 @@ from jax_apt.plan import (
     parameter_labels,
     warn_unused_rules,
 )
+from jax_apt.primitives import RAGGED
 from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
 from jax_apt.scan_over_time import (
@@ -45,6 +46,7 @@ from jax_apt.scan_over_time import (
     weight_gradient,
 )
 from jax_apt.state import (
+    WATCH,
     AptState,
     Layer,
     Layout,
@@ -153,6 +155,8 @@ class AptFunction:
           ValueError: the state belongs to another function; the message names the difference.
         """
         check_state(state, "apply(variables, state, ...)")
+        if (watch := WATCH.get()) is not None:
+            watch.see(state)
         traced = _trace(self, variables, args, kwargs)
         check_same_layers(state, traced.layout)
         taps = zero_taps(state.layout) if state.taps is None else state.taps
@@ -350,7 +354,7 @@ class _Replayer:
         return site
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
-        return _BODIES[versions.name(eqn)](self, eqn, node, inputs, sites)
+        return _BODIES[eqn.primitive.name](self, eqn, node, inputs, sites)
 
     def _body(self, plan: Plan, sites: Sites, *args) -> list:
         return self.replay(plan, args, sites)
@@ -479,6 +483,8 @@ class _Replayer:
         The products in here are not differentiated, so their statistics are pulled out of them with zero
         cotangents.
         """
+        if len(node.bodies) == 1:
+            return self._call(eqn, node, inputs, sites)
         forward, gradient = node.bodies
 
         def observed(plan, formats, taps, args):
@@ -518,9 +524,9 @@ _BODIES = {
     "while": _Replayer._while,
     "cond": _Replayer._cond,
     **dict.fromkeys(versions.CUSTOM_RULE, _Replayer._custom_rule),
-    **dict.fromkeys(versions.JIT, _Replayer._jit),
-    **dict.fromkeys(versions.REMAT, _Replayer._remat),
-    **dict.fromkeys((*versions.CALL, *versions.RAGGED), _Replayer._call),
+    "jit": _Replayer._jit,
+    "remat2": _Replayer._remat,
+    **dict.fromkeys((*versions.CALL, *RAGGED), _Replayer._call),
 }
 
 

@@ -93,7 +93,8 @@ def test_statistics_of_microbatches_add_up():
 def test_a_layer_that_the_loss_does_not_use_keeps_its_state():
     q, p, x = start()
     state = q.init(p, x)
-    _, _, after = apt.value_and_grad(lambda p, state: jnp.sum(p["a"]["kernel"]), q)(p, state)
+    step = jax.jit(apt.value_and_grad(lambda p, state: jnp.sum(p["a"]["kernel"]), q))
+    _, _, after = step(p, state)
     assert after.step == 1
     for field in ("bits", "exponent", "range_average", "next_update", "updates", "nonfinite"):
         assert equal(getattr(after.precision, field), getattr(state.precision, field))
@@ -102,9 +103,10 @@ def test_a_layer_that_the_loss_does_not_use_keeps_its_state():
 def test_apply_without_training_leaves_no_trace():
     q, p, x = start()
     state = q.init(p, x)
-    fresh = q.apply(p, state, x)
-    _, _, trained = apt.value_and_grad(lambda p, s: jnp.sum(q.apply(p, s, x)), q)(p, state)
-    np.testing.assert_array_equal(q.apply(p, trained, x), fresh)  # the formats that training found
+    apply = jax.jit(q.apply)
+    fresh = apply(p, state, x)
+    _, _, trained = jax.jit(apt.value_and_grad(lambda p, s: jnp.sum(q.apply(p, s, x)), q))(p, state)
+    np.testing.assert_array_equal(apply(p, trained, x), fresh)  # the formats that training found
     assert trained.taps is None
 
 
@@ -115,7 +117,8 @@ def test_aux_and_further_arguments_pass_through():
         y = q.apply(p, state, x)
         return weight * jnp.sum(y), {"y": y}
 
-    (value, aux), grads, _ = apt.value_and_grad(loss_fn, q, has_aux=True)(p, q.init(p, x), x, weight=2.0)
+    step = jax.jit(apt.value_and_grad(loss_fn, q, has_aux=True))
+    (value, aux), grads, _ = step(p, q.init(p, x), x, weight=2.0)
     np.testing.assert_allclose(value, 2 * jnp.sum(aux["y"]), rtol=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(p)
 
@@ -146,6 +149,26 @@ def test_a_donated_state_trains_and_a_closed_over_state_is_read():
         *got, donated = donating(p, donated)
         assert equal(got, expected) and equal(donated, state)
     np.testing.assert_array_equal(jax.jit(lambda x: q.apply(p, state, x))(x), q.apply(p, state, x))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_loss_that_reads_the_state_from_outside_warns(wrap):
+    q, p, x = start()
+    state = q.init(p, x)
+
+    def step(p, state):
+        return apt.value_and_grad(lambda p, _: jnp.sum(q.apply(p, state, x)), q)(p, state)
+
+    with pytest.warns(UserWarning, match="the precision state learns nothing") as caught:
+        _, _, after = wrap(step)(p, state)
+    assert len(caught) == 1 and not np.any(after.precision.updates)
+    text = str(q.report(after))
+    assert "a: not measured in 1 training step(s): the loss did not use it" in text
+
+    def teacher(p, given):  # reading the outer state beside the given one is no mistake
+        return jnp.sum(q.apply(p, given, x) - jax.lax.stop_gradient(q.apply(p, state, x)))
+
+    assert wrap(apt.value_and_grad(teacher, q))(p, state)[2].step == 1
 
 
 def test_optax_trains_as_well_as_in_float32():

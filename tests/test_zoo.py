@@ -24,7 +24,7 @@ from jax_apt.zoo.tasks import TASKS
 from jax_apt.zoo.tasks.digits import distort, load_digits
 from jax_apt.zoo.trainer import Trainer, count_steps
 
-pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
+pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = Settings(epochs=1, batch_size=400, backend="xla")

@@ -24,7 +24,7 @@ from jax_apt.zoo.data.training import Options, train
 from jax_apt.zoo.networks import NETWORKS, Network
 from jax_apt.zoo.networks.resnet import ResNet
 
-pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
+pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
 PER_BATCH = 8  # images in each CIFAR file here; 10,000 in the real ones
 

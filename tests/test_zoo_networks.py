@@ -9,7 +9,7 @@ import pytest
 
 from jax_apt.zoo.networks import NETWORKS, layers, seq2seq, transformer
 
-pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
+pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
 
 def count(model, inputs):

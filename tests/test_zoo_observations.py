@@ -14,7 +14,7 @@ from jax_apt.zoo.precisions import Settings
 from jax_apt.zoo.tasks import TASKS
 from jax_apt.zoo.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
+pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
 QUICK = Settings(epochs=1, batch_size=400, backend="xla")
 

@@ -17,7 +17,7 @@ from jax_apt.zoo.tasks import (
 )
 from jax_apt.zoo.tasks.digits import split
 
-pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
+pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 STYLE = scenes.Style(size=48, digits=3, fragments=1, scale=(1.6, 3.0))
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jax_apt as apt
+from jax_apt import xla_ops
 from jax_apt.zoo.networks import NETWORKS, resnet, ssd, transformer, vgg
 from jax_apt.zoo.networks.deeplab import DeepLab
 from jax_apt.zoo.networks.seq2seq import Seq2Seq
@@ -16,8 +17,9 @@ from jax_apt.zoo.steps import make_forward, make_predictor, make_step, start
 from jax_apt.zoo.tasks import TASKS, default_boxes, detection, segmentation, translation
 from jax_apt.zoo.trainer import schedule, settings_for
 
-pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
+pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
+BACKEND = "native" if xla_ops.is_available() else "xla"  # the one that compiles faster
 BATCH = 8
 TOKENS = np.random.default_rng(0).integers(3, 70, (BATCH, 6)).astype(np.int32)
 GEOMETRY = default_boxes.Geometry((8, 4), (0.3, 0.5, 0.8), ((2,), (2,)))
@@ -105,7 +107,7 @@ def test_gradients_approach_those_of_float32_as_bits_are_added(kind):
     # passes through a few layers; a relu that flips at a value near 0 weighs more than its rounding.
     for bits, tolerance in ((8, 0.5), (16, 0.02)):
         rule = apt.Rule("", acts=bits, weights=bits, grads=bits)
-        q = apt.apt_quantize(forward, [rule], backend="xla")
+        q = apt.apt_quantize(forward, [rule], backend=BACKEND)
         state = q.init(params, variables, key, inputs, True)
         assert state.layout.left_in_float == () and state.layout.layers
         got = gradients(lambda p, q=q, s=state: q.apply(p, q.with_taps(s), variables, key, inputs, True))
@@ -120,7 +122,7 @@ def test_a_few_steps_lower_the_loss_and_predictions_use_what_was_learnt(kind):
     model = make()
     optimizer = optax.adam(1e-2)
     config = apt.Config(steps_per_epoch=10, initial_fraction=1.0)
-    precision = adaptive(make_forward(model), (8, 16, 24), config, "xla")
+    precision = adaptive(make_forward(model), (8, 16, 24), config, BACKEND)
     key = jax.random.key(1)
     trained, state = start(model, precision, optimizer, key, inputs)
     step = jax.jit(make_step(precision, loss, optimizer))
