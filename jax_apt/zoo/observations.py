@@ -25,6 +25,7 @@ import jax_apt as apt
 from jax_apt.config import MEASURES
 from jax_apt.qem import measure_error
 from jax_apt.zoo.compare import gradient_shares
+from jax_apt.zoo.figures import WIDTH_COLORS, ranges
 from jax_apt.zoo.precisions import Precision, Settings
 from jax_apt.zoo.steps import make_forward, make_step
 from jax_apt.zoo.trainer import Trainer
@@ -156,34 +157,29 @@ def draw_ranges(entry: dict[str, Any], path: pathlib.Path) -> None:
     """Observations 1 and 2 from a network's entry in results.json."""
     figure, (by_layer, over_time) = _figure(2)
     history = entry["history"]
-    ranges = [_ranges(layer) for layer in history.values()]
-    by_layer.boxplot(ranges, whis=(5, 95), showfliers=False)
-    _color_by_width(by_layer, ranges, history)
+    by_step = [ranges(kept, entry["steps"]) for kept in history.values()]
+    by_layer.boxplot(by_step, whis=(5, 95), showfliers=False)
+    _color_by_width(by_layer, by_step, history)
     by_layer.set(xlabel="layer, in order", ylabel="log2 of the range of dY")
     by_layer.set_title("by layer (whiskers: 5 to 95 % of steps)", size=11)
-    ticks = np.unique(np.linspace(1, len(ranges), min(len(ranges), 15)).round().astype(int))
+    ticks = np.unique(np.linspace(1, len(by_step), min(len(by_step), 15)).round().astype(int))
     by_layer.set_xticks(ticks, ticks)
-    changes = np.abs(np.diff(np.array(ranges), axis=1)).mean(0)
+    changes = np.abs(np.diff(np.array(by_step), axis=1)).mean(0)
     window = max(len(changes) // 50, 1)
     usable = len(changes) // window * window
     smooth = changes[:usable].reshape(-1, window).mean(1)
     over_time.step(np.arange(len(smooth)) * window, smooth, where="post")
     over_time.set(xlabel="training step", ylabel="|change of log2 range| per step")
-    over_time.set_title(f"over time (mean over {len(ranges)} layers)", size=11)
+    over_time.set_title(f"over time (mean over {len(by_step)} layers)", size=11)
     figure.suptitle(f"{entry['name']} on {entry['task']}: ranges of gradients, seed 0")
     figure.savefig(path)
 
 
-def _ranges(layer: dict[str, list]) -> np.ndarray:
-    bits, exponent = (np.array(layer[name]) for name in ("bits", "exponent"))
-    return (bits + exponent - 1).reshape(len(bits), -1).max(1)
-
-
-def _color_by_width(axis: Axes, ranges: list[np.ndarray], history: dict[str, Any]) -> None:
+def _color_by_width(axis: Axes, by_step: list[np.ndarray], history: dict[str, Any]) -> None:
     """A point per layer at its median range, coloured by the width that it ended with."""
-    final = np.array([np.max(layer["bits"][-1]) for layer in history.values()])
-    medians = np.array([np.median(r) for r in ranges])
-    for bits, color in ((8, "tab:blue"), (14, "tab:green"), (16, "tab:orange"), (24, "tab:red")):
+    final = np.array([kept["bits"][-1] for kept in history.values()])
+    medians = np.array([np.median(values) for values in by_step])
+    for bits, color in WIDTH_COLORS.items():
         chosen = np.flatnonzero(final == bits)
         if len(chosen):
             axis.plot(chosen + 1, medians[chosen], "o", color=color, label=f"ends at {bits} bits")

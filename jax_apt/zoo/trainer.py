@@ -31,7 +31,7 @@ CURVE_POINTS = 6  # scores in a training: those of translations take as long as 
 
 
 class Trainer:
-    """A network on a task: one compiled initialization, and one compiled step per precision, for all seeds."""
+    """A network on a task: its initialization and a step per precision are compiled once for all seeds."""
 
     def __init__(self, network: str, settings: Settings):
         self.settings, self.task = settings, TASKS[settings.task]
