@@ -19,7 +19,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jax_apt import _jax_versions as versions
 from jax_apt.config import GEMMS, Config
-from jax_apt.fixed_point import exponent_for, round_stochastically
+from jax_apt.fixed_point import Fixed, exponent_for, round_stochastically
 from jax_apt.products import Operand, Program, Programs, quantize_operand, run
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
@@ -27,7 +27,7 @@ from jax_apt.state import to_tap
 
 CODES_NAME = "jax_apt_codes"  # for jax.checkpoint_policies.save_only_these_names
 
-_X, _W, _DY = range(3)
+X, W, DY = range(3)  # rows of formats and taps
 
 
 class Site(NamedTuple):
@@ -57,33 +57,94 @@ def quantized_product(site: Site, lhs: Array, rhs: Array, formats: Array, tap: A
       float32 result.
     """
 
-    lhs_slot, rhs_slot = (_W, _X) if site.is_weight_lhs else (_X, _W)
-    lhs_gemm, rhs_gemm = ("dw", "dx") if site.is_weight_lhs else ("dx", "dw")  # that give its gradient
-    programs = site.programs
-
     @jax.custom_vjp
     def product(lhs, rhs, formats, tap):
-        return forward(lhs, rhs, formats, tap)[0]
+        return _forward(site, lhs, rhs, formats)[0]
 
     def forward(lhs, rhs, formats, tap):
-        lhs_operand, lhs_measured = _quantized(site, lhs_slot, ("fwd", rhs_gemm), lhs, formats)
-        rhs_operand, rhs_measured = _quantized(site, rhs_slot, ("fwd", lhs_gemm), rhs, formats)
-        out = _run(site, "fwd", programs.forward, (lhs_operand, lhs), (rhs_operand, rhs))
-        kept = _kept(site, rhs_gemm, lhs_operand, lhs), _kept(site, lhs_gemm, rhs_operand, rhs)
-        return out, (kept, lhs_measured, rhs_measured, formats)
+        out, kept, measured = _forward(site, lhs, rhs, formats)
+        return out, (kept, measured, formats)
 
     def backward(residuals, gradient):
-        (lhs, rhs), lhs_measured, rhs_measured, formats = residuals
-        dy, dy_measured = _quantized(site, _DY, (lhs_gemm, rhs_gemm), gradient, formats)
+        (lhs, rhs), measured, formats = residuals
+        dy, dy_measured = _quantized(site, DY, ("dx", "dw"), gradient, formats)
+        lhs_gemm, rhs_gemm = _gradient_gemms(site)
+        lhs_slot, rhs_slot = _slots(site)
         lhs, rhs = _restored(site, lhs_slot, lhs), _restored(site, rhs_slot, rhs)
-        lhs_gradient = _run(site, lhs_gemm, programs.lhs_gradient, rhs, (dy, gradient))
-        rhs_gradient = _run(site, rhs_gemm, programs.rhs_gradient, lhs, (dy, gradient))
-        measured = {lhs_slot: lhs_measured, rhs_slot: rhs_measured, _DY: dy_measured}
-        tap = jnp.stack([to_tap(measured[slot]) for slot in (_X, _W, _DY)])
+        lhs_gradient = _run(site, lhs_gemm, site.programs.lhs_gradient, rhs, (dy, gradient))
+        rhs_gradient = _run(site, rhs_gemm, site.programs.rhs_gradient, lhs, (dy, gradient))
+        tap = _tap(measured, dy_measured)
         return lhs_gradient, rhs_gradient, np.zeros(formats.shape, jax.dtypes.float0), tap
 
     product.defvjp(forward, backward)
     return product(lhs, rhs, formats, tap)
+
+
+def product_without_weight_gradient(
+    site: Site, lhs: Array, rhs: Array, formats: Array, tap: Array, probe: tuple[Array, Array]
+) -> tuple[Array, tuple[Fixed, Array]]:
+    """The same product for a loop that computes its weight gradient later: that of W is zero here.
+
+    Args:
+      site, lhs, rhs, formats, tap: as `quantized_product` has them.
+      probe: zeros, float32, of the result's shape and of shape (2,); their cotangents are dY, and its bits
+        and exponent.
+
+    Returns:
+      (result, codes of X and how many of its values were NaN or infinite)
+    """
+    x_index, w_index = (1, 0) if site.is_weight_lhs else (0, 1)
+    x_program = site.programs[1 + x_index]
+
+    @jax.custom_vjp
+    def product(lhs, rhs, formats, tap, probe):
+        out, kept, _ = _forward(site, lhs, rhs, formats)
+        return out, kept[x_index][0]
+
+    def forward(lhs, rhs, formats, tap, probe):
+        out, kept, measured = _forward(site, lhs, rhs, formats)
+        return (out, kept[x_index][0]), (kept[w_index], measured, formats)
+
+    def backward(residuals, cotangents):
+        weight, measured, formats = residuals
+        gradient, _ = cotangents
+        dy, dy_measured = _quantized(site, DY, ("dx", "dw"), gradient, formats)
+        assert dy is not None  # "dw" is among the site's products
+        dx = _run(site, "dx", x_program, _restored(site, W, weight), (dy, gradient))
+        nothing = jnp.zeros((lhs, rhs)[w_index].shape, jnp.float32)
+        gradients = (nothing, dx) if site.is_weight_lhs else (dx, nothing)
+        format = jnp.stack([dy.number.bits, dy.number.exponent]).astype(jnp.float32)
+        none = np.zeros(formats.shape, jax.dtypes.float0)
+        return *gradients, none, _tap(measured, dy_measured), (gradient, format)
+
+    product.defvjp(forward, backward)
+    return product(lhs, rhs, formats, tap, probe)
+
+
+def _slots(site: Site) -> tuple[int, int]:
+    """Which of X and W the operands are."""
+    return (W, X) if site.is_weight_lhs else (X, W)
+
+
+def _gradient_gemms(site: Site) -> tuple[str, str]:
+    """The products that give the gradients of lhs and rhs."""
+    return ("dw", "dx") if site.is_weight_lhs else ("dx", "dw")
+
+
+def _forward(site: Site, lhs: Array, rhs: Array, formats: Array):
+    """(result, residuals of lhs and rhs, what was measured by slot)"""
+    (lhs_slot, rhs_slot), (lhs_gemm, rhs_gemm) = _slots(site), _gradient_gemms(site)
+    lhs_operand, lhs_measured = _quantized(site, lhs_slot, ("fwd", rhs_gemm), lhs, formats)
+    rhs_operand, rhs_measured = _quantized(site, rhs_slot, ("fwd", lhs_gemm), rhs, formats)
+    out = _run(site, "fwd", site.programs.forward, (lhs_operand, lhs), (rhs_operand, rhs))
+    kept = _kept(site, rhs_gemm, lhs_operand, lhs), _kept(site, lhs_gemm, rhs_operand, rhs)
+    return out, kept, {lhs_slot: lhs_measured, rhs_slot: rhs_measured}
+
+
+def _tap(measured: dict[int, Measurement], dy_measured: Measurement) -> Array:
+    """Cotangent of the tap: the statistics of the step."""
+    measured = measured | {DY: dy_measured}
+    return jnp.stack([to_tap(measured[slot]) for slot in (X, W, DY)])
 
 
 # One of the three products. Its operands are pairs: quantized (None where no product needs that), and float.
@@ -122,7 +183,7 @@ def _quantized(
         lambda: _measure(value, bits, exponent, widths, site),
         lambda: (bits, exponent, nothing),
     )
-    if slot == _DY and site.rounding == "stochastic":
+    if slot == DY and site.rounding == "stochastic":
         value = round_stochastically(value, exponent, _key(site.seed, step, value))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
     return operand, measured._replace(nonfinite=operand.nonfinite)

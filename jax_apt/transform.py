@@ -32,6 +32,17 @@ from jax_apt.plan import (
 )
 from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
+from jax_apt.scan_over_time import (
+    NOTHING_LATER,
+    Deferred,
+    Later,
+    Loop,
+    differentiate_later,
+    find_deferred,
+    hoist,
+    probe_shapes,
+    weight_gradient,
+)
 from jax_apt.state import (
     AptState,
     Layer,
@@ -271,14 +282,17 @@ class _Replayer:
     mesh_axes: tuple[str, ...] = ()  # those that a `shard_map` around maps over
     is_typed: bool = True  # whether that `shard_map` checks along which of them a value varies
 
-    def replay(self, plan: Plan, args: Sequence, sites: Sites) -> list:
+    def replay(self, plan: Plan, args: Sequence, sites: Sites, later: Later = NOTHING_LATER) -> list:
         values: dict = dict(zip(plan.jaxpr.jaxpr.invars, args, strict=True))
         values |= dict(zip(plan.jaxpr.jaxpr.constvars, plan.jaxpr.consts, strict=True))
+        values |= later.weights
 
         def read(var):
             return var.val if isinstance(var, Literal) else values[var]
 
         for i, eqn in enumerate(plan.jaxpr.jaxpr.eqns):
+            if all(var in later.weights for var in eqn.outvars):
+                continue
             inputs = [read(v) for v in eqn.invars]
             node = plan.nodes.get(i)
             if node is None:
@@ -286,14 +300,15 @@ class _Replayer:
             elif isinstance(node, MaxPool):
                 out = [max_pool(eqn, *inputs)]
             elif isinstance(node, QuantizedProduct):
-                out = [self._product(eqn, node, inputs, sites)]
+                run = partial(later.product, i) if i in later.probes else quantized_product
+                out = [self._product(eqn, node, inputs, sites, run)]
             else:
                 own = {n: sites[n] for body in node.bodies for n in body.layers()}
                 out = self._nested(eqn, node, inputs, own)
             values |= dict(zip(eqn.outvars, out, strict=True))
         return [read(v) for v in plan.jaxpr.jaxpr.outvars]
 
-    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites) -> Array:
+    def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run) -> Array:
         lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
         formats, tap = sites[node.layer]
         axes = self.mesh_axes
@@ -301,9 +316,15 @@ class _Replayer:
             varying = versions.varying_axes(lhs) | versions.varying_axes(rhs)
             lhs, rhs, tap = (versions.as_varying(x, varying) for x in (lhs, rhs, tap))
             axes = tuple(a for a in axes if a in varying)
+        site = self._site(eqn, node, axes)
+        with jax.named_scope(f"apt/{node.layer}"):
+            out = run(site, lhs, rhs, formats, tap)
+        return out.astype(versions.aval(eqn.outvars[0]).dtype)
+
+    def _site(self, eqn: JaxprEqn, node: QuantizedProduct, axes: tuple[str, ...] = ()) -> Site:
         layer = self.layers[node.layer]
         site = Site(
-            programs=trace_programs(eqn, lhs.shape, rhs.shape),
+            programs=trace_programs(eqn, *(versions.aval(v).shape for v in eqn.invars)),
             is_weight_lhs=node.is_weight_lhs,
             widths=self.widths[node.layer],
             backend=layer.backend,
@@ -314,9 +335,7 @@ class _Replayer:
             mesh_axes=axes,
         )
         _check_sums_fit(eqn, node, site)
-        with jax.named_scope(f"apt/{node.layer}"):
-            out = quantized_product(site, lhs, rhs, formats, tap)
-        return out.astype(versions.aval(eqn.outvars[0]).dtype)
+        return site
 
     def _nested(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         return _BODIES[versions.name(eqn)](self, eqn, node, inputs, sites)
@@ -348,22 +367,66 @@ class _Replayer:
 
     def _scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """One precision per slice in a scan over layers, one for all steps in a scan over time."""
+        num_consts, _ = versions.scan_parts(eqn)
+        if not node.is_over_layers and not self.mesh_axes:
+            deferred = find_deferred(node.bodies[0], num_consts, self._can_defer)
+            if deferred.products:
+                return self._scan_over_time(eqn, node, inputs, sites, deferred)
+        return self._run_scan(eqn, node, inputs, sites)[0]
+
+    def _run_scan(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites, weights=None, probes=None):
+        """(outputs, codes of X of every deferred product, stacked over the steps)"""
         p = eqn.params
         num_consts, num_carry = versions.scan_parts(eqn)
         consts, rest = inputs[:num_consts], inputs[num_consts:]
         carry, xs = rest[:num_carry], rest[num_carry:]
 
         def step(carry, scanned):
-            xs, sliced = scanned
+            xs, sliced, probes = scanned
             inner = sliced if node.is_over_layers else sites
-            out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner)
-            return out[:num_carry], out[num_carry:]
+            later = Later(weights or {}, probes, {})
+            out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner, later)
+            return out[:num_carry], (out[num_carry:], later.codes)
 
-        scanned = (xs, sites if node.is_over_layers else None)
-        carry, ys = lax.scan(
+        scanned = (xs, sites if node.is_over_layers else None, probes or {})
+        carry, (ys, codes) = lax.scan(
             step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
         )
-        return [*carry, *ys]
+        return [*carry, *ys], codes
+
+    def _can_defer(self, node: QuantizedProduct) -> bool:
+        layer = self.layers[node.layer]
+        return "dw" in layer.gemms and layer.rounding == "nearest"
+
+    def _scan_over_time(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites, deferred: Deferred) -> list:
+        """A scan over time whose weight gradients are computed after it."""
+        (body,) = node.bodies
+        eqns, names = body.jaxpr.jaxpr.eqns, list(sites)
+        nodes = {i: node for i, node in body.nodes.items() if isinstance(node, QuantizedProduct)}
+        products = {i: self._site(eqns[i], nodes[i]) for i in deferred.products}
+        weights = hoist(body, deferred, inputs[: versions.scan_parts(eqn)[0]])
+
+        def run(weights, values, formats, probes):
+            taps, inputs = values[: len(names)], values[len(names) :]
+            inner = {name: (formats[name], tap) for name, tap in zip(names, taps, strict=True)}
+            given = dict(zip(deferred.weights, weights, strict=True))
+            return self._run_scan(eqn, node, inputs, inner, given, probes)
+
+        def gradient(i, codes, probe):
+            return weight_gradient(products[i], codes, probe)
+
+        loop = Loop(
+            run=run,
+            gradient=gradient,
+            probes={i: probe_shapes(site, eqn.params["length"]) for i, site in products.items()},
+            weight_of=deferred.products,
+        )
+        taps = [tap for _, tap in sites.values()]
+        inputs = [
+            lax.stop_gradient(value) if var in deferred.weights else value
+            for var, value in zip(body.jaxpr.jaxpr.invars, inputs, strict=True)
+        ]
+        return differentiate_later(loop, weights, [*taps, *inputs], {n: f for n, (f, _) in sites.items()})
 
     def _shard_map(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """Formats are the same on all devices; what a device measures is added to the others'."""

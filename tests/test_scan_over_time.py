@@ -1,0 +1,198 @@
+"""Weight gradients of a scan over time: products over all steps, with the numbers of the sum over steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+from jax.extend import core as jex_core
+
+import jax_apt as apt
+from jax_apt import xla_ops
+
+BACKENDS = ["emulate", "xla"] + (["native"] if xla_ops.is_available() else [])
+STEPS, BATCH, IN, OUT = 6, 3, 5, 4
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def recurrent(params, xs):
+    def step(h, x):
+        h = jnp.tanh(x @ params["i"] + h @ params["h"])
+        return h, h
+
+    return lax.scan(step, jnp.zeros((xs.shape[1], OUT)), xs)[1]
+
+
+def used_elsewhere(params, xs):
+    """The same, with weights that the body also adds to its output, times zero."""
+
+    def step(h, x):
+        h = jnp.tanh(x @ params["i"] + h @ params["h"])
+        return h, h + 0 * (jnp.sum(params["i"]) + jnp.sum(params["h"]))
+
+    return lax.scan(step, jnp.zeros((xs.shape[1], OUT)), xs)[1]
+
+
+def made_in_the_loop(params, xs):
+    """The same, with both weights cut from one in the body."""
+    both = jnp.concatenate([params["i"], params["h"]])
+
+    def step(h, x):
+        h = jnp.tanh(x @ both[:IN] + h @ both[IN:])
+        return h, h
+
+    return lax.scan(step, jnp.zeros((xs.shape[1], OUT)), xs)[1]
+
+
+def weight_first(params, xs):
+    def step(h, x):
+        h = jnp.tanh(params["i"].T @ x + params["h"].T @ h)
+        return h, h
+
+    hs = lax.scan(step, jnp.zeros((OUT, xs.shape[1])), xs.transpose(0, 2, 1))[1]
+    return hs.transpose(0, 2, 1)
+
+
+def twice_a_step(params, xs):
+    def step(h, x):
+        h = jnp.tanh((x @ params["i"]) @ params["h"] + h @ params["h"])
+        return h, h
+
+    return lax.scan(step, jnp.zeros((xs.shape[1], OUT)), xs, reverse=True)[1]
+
+
+PARAMS, XS = {"i": normal(0, IN, OUT), "h": normal(1, OUT, OUT)}, normal(2, STEPS, BATCH, IN)
+
+
+def training(fn, backend, params, xs, rules=()):
+    config = apt.Config(steps_per_epoch=100, initial_fraction=0.01)
+    q = apt.apt_quantize(fn, rules, backend=backend, config=config)
+    step = apt.value_and_grad(lambda params, state: jnp.sum(q.apply(params, state, xs) ** 2), q)
+    return step, q.init(params, xs)
+
+
+def gradients(fn, backend, params=PARAMS, xs=XS):
+    """Gradients of two training steps: the first measures, the second does not."""
+    step, state = training(fn, backend, params, xs)
+    step = jax.jit(step)
+    _, first, state = step(params, state)
+    return first, step(params, state)[1]
+
+
+def program(fn, rules=()):
+    step, state = training(fn, "xla", PARAMS, XS, rules)
+    return jax.make_jaxpr(step)(PARAMS, state)
+
+
+def loops(jaxpr):
+    """Every scan of a program, and those in it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jex_core.jaxprs_in_params(eqn.params):
+            yield from loops(inner)
+
+
+def adds_in_loops(jaxpr, shape):
+    """Whether a loop backwards in time adds arrays of this shape at every step."""
+
+    def adds(jaxpr):
+        return any(
+            (eqn.primitive.name in ("add", "add_any") and eqn.outvars[0].aval.shape == shape)
+            for eqn in jaxpr.eqns
+        )
+
+    return any(adds(eqn.params["jaxpr"].jaxpr) for eqn in loops(jaxpr.jaxpr) if eqn.params["reverse"])
+
+
+@pytest.mark.parametrize("fn", [recurrent, weight_first, twice_a_step])
+def test_all_backends_give_the_same_gradient(fn):
+    grads = [gradients(fn, backend) for backend in BACKENDS]
+    for other in grads[1:]:
+        jax.tree.map(np.testing.assert_array_equal, grads[0], other)
+
+
+def test_it_is_the_sum_over_the_steps():
+    expected = gradients(used_elsewhere, "xla")
+    for fn in (recurrent, made_in_the_loop, weight_first):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6),
+            gradients(fn, "xla"),
+            expected,
+        )
+
+
+def test_it_is_rounded_once():
+    """A step's products are exact in float32 here, but their sum over many steps is not."""
+    xs = jnp.concatenate([jnp.full((1, 1, 1), 1.0), jnp.full((4096, 1, 1), 2.0**-6)])
+    weight = jnp.ones((1, 1))
+    scale = jnp.concatenate([jnp.full((1, 1, 1), 2.0**20), jnp.full((4096, 1, 1), 2.0**14)])
+
+    def fn(params, xs):  # its first gradient is 64 times the others
+        return lax.scan(lambda _, x: (None, x @ params), None, xs)[1] * scale
+
+    rules = [apt.Rule(acts=16, weights=16, grads=16)]
+    config = apt.Config(steps_per_epoch=10**4, initial_fraction=1e-4)
+    q = apt.apt_quantize(fn, rules, backend="xla", config=config)
+    state = q.init(weight, xs)
+    step = jax.jit(apt.value_and_grad(lambda params, state: jnp.sum(q.apply(params, state, xs)), q))
+    for _ in range(2):
+        _, grad, state = step(weight, state)
+    np.testing.assert_array_equal(grad, [[np.float32(2.0**20 + 4096 * 2.0**8)]])
+
+
+def test_the_loop_adds_no_weight_gradients():
+    assert adds_in_loops(program(used_elsewhere), (OUT, OUT))
+    for fn in (recurrent, made_in_the_loop):
+        assert not adds_in_loops(program(fn), (OUT, OUT))
+
+
+def test_stochastic_rounding_keeps_its_draws():
+    assert adds_in_loops(program(recurrent, [apt.Rule(rounding="stochastic")]), (OUT, OUT))
+
+
+def test_values_that_are_not_finite_go_where_float32_takes_them():
+    xs = XS.at[2, 1, 3].set(jnp.inf)
+    for grads in gradients(recurrent, BACKENDS[-1], xs=xs):
+        assert not np.isfinite(grads["i"][3]).any()
+
+
+def test_examples_have_gradients_of_their_own():
+    q = apt.apt_quantize(recurrent, backend=BACKENDS[-1])
+    state = q.init(PARAMS, XS)
+
+    @jax.jit
+    def gradient(xs):
+        return jax.grad(lambda params: jnp.sum(q.apply(params, state, xs) ** 2))(PARAMS)
+
+    examples = jnp.moveaxis(XS, 1, 0)[:, :, None]
+    together = jax.jit(jax.vmap(gradient))(examples)
+    for i in range(BATCH):
+        alone = jax.tree.map(lambda g, i=i: g[i], together)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone, gradient(examples[i]))
+
+
+class ConvolutionalLSTM(nn.Module):
+    """Backwards in time, with dropout of the input."""
+
+    @nn.compact
+    def __call__(self, x):
+        cell = nn.ConvLSTMCell(features=2, kernel_size=(3,))
+        return nn.RNN(cell, reverse=True)(nn.Dropout(0.2, deterministic=False)(x))
+
+
+def test_a_convolutional_cell():
+    net, x, key = ConvolutionalLSTM(), normal(3, 2, 4, 6, 3), jax.random.key(0)
+    params = net.init({"params": key, "dropout": key}, x)
+
+    def apply(params, x):
+        return net.apply(params, x, rngs={"dropout": key})
+
+    grads, _ = gradients(apply, BACKENDS[-1], params, x)
+    expected = jax.grad(lambda params: jnp.sum(apply(params, x) ** 2))(params)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b) + 1e-3
