@@ -44,16 +44,18 @@ def test_other_precisions_are_paired_with_float32(folder):
     means = [entry["difference"]["mean"] for entry in results["networks"]]
     assert results["overall"]["apt"]["mean"] == pytest.approx(np.mean(means))
     assert set(results["overall"]) == {"apt", "int8"} == set(overall(results["networks"]))
+    assert results["overall"]["int8"]["networks"] == 2
 
 
 def test_the_table_has_a_row_per_network_and_names_command_and_machine(folder):
     results = json.loads((folder / "results.json").read_text())
     text = (folder / "results.md").read_text()
-    assert text == tables.markdown(results["networks"], results["command"], results["environment"])
+    origin = tables.describe_origin(results["command"], results["environment"])
+    assert text == tables.markdown(results["networks"]) + origin
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
     assert rows[2].startswith("| mlp |") and rows[3].startswith("| convnet |")
-    for word in (results["command"], results["environment"]["cpu"], "2 paired seeds"):
+    for word in (results["command"], results["environment"]["cpu"], "| mlp | digits (top-1) | 2 |"):
         assert word in text
 
 
