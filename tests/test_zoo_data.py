@@ -299,7 +299,7 @@ def test_recipes_name_networks_and_train_their_parameters(name):
 
 
 def test_rates_fall_when_published():
-    """By epoch, in steps of the first rate: Luong's halving after the eighth, MobileNet's 0.98, SSD's drops."""
+    """Over the first rate, by epoch: Luong's halving after the eighth, MobileNet's 0.98, SSD's drops."""
 
     def rates(name, epochs):
         recipe = RECIPES[name]

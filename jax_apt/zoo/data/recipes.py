@@ -161,8 +161,8 @@ RECIPES: dict[str, PublishedRecipe] = {
     "ssd300-voc": PublishedRecipe(
         network="ssd300",
         dataset="voc-detection",
-        source="1512.02325, section 3.1; the released solver's 120,000 steps of 16,551 images, drops at 80,000 "
-        "and 100,000",
+        source="1512.02325, section 3.1; the released solver: 120,000 steps of 16,551 images, drops at "
+        "80,000 and 100,000",
         image_size=300,
         batch_size=32,
         epochs=232,
