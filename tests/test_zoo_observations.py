@@ -16,7 +16,7 @@ from jax_apt.zoo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
 
-QUICK = Settings(epochs=1, batch_size=400, backend="xla")
+QUICK = Settings(epochs=1, batch_size=400)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     """A finished comparison with gradients of 8 bits beside APT."""
     out = tmp_path_factory.mktemp("finished")
     options = ["--network", "mlp", "--network", "convnet", "--seeds", "2", "--epochs", "1"]
-    options += ["--batch-size", "800", "--backend", "xla", "--precision", "int8", "--out", str(out)]
+    options += ["--batch-size", "800", "--precision", "int8", "--out", str(out)]
     patch, recipe = pytest.MonkeyPatch(), replace(TASKS["digits"].recipe, timed_pairs=2)
     patch.setitem(TASKS, "digits", replace(TASKS["digits"], recipe=recipe))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -102,7 +102,7 @@ def test_errors_are_measured_and_correlated(tmp_path, monkeypatch):
 
 
 def test_one_gradient_of_two_bits_trains_worse_than_one_of_sixteen():
-    settings = Settings(epochs=2, batch_size=200, backend="xla")
+    settings = Settings(epochs=2, batch_size=200)
     trainer = Trainer("mlp", settings)
     coarse, fine = (
         observations._score_with_one_gradient(trainer, settings, "Dense_1", bits) for bits in (2, 16)
