@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it")
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = Settings(epochs=1, batch_size=400)
-QUICK_OPTIONS = "--network mlp --seeds 2 --epochs 1 --batch-size 400".split()
+QUICK_OPTIONS = ["--network", "mlp", "--seeds", "2", "--epochs", "1", "--batch-size", "400"]
 
 
 def no_progress(*_):
