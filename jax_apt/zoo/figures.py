@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from jax_apt.zoo.history import Changes, per_step
 
@@ -65,7 +66,7 @@ def _draw_ranges(figure: Figure, axis: Axes, history: dict[str, Changes], steps:
     image = _draw_bands(axis, values, list(history), steps, cmap="viridis")
     axis.set_title("range of dY (log2 of the largest value it can hold), seed 0", size=11)
     axis.set(xlabel="training step")
-    figure.colorbar(image, ax=axis, pad=0.01, label="log2")
+    figure.colorbar(image, ax=axis, pad=0.01, fraction=0.05, label="log2")
 
 
 def _draw_bands(axis: Axes, values: np.ndarray, names: list[str], steps: int, **options):
@@ -93,6 +94,7 @@ def _draw_curves(axis: Axes, curves: dict[str, Any], curve: str, label: str) -> 
         line = {"color": color, "marker": "o" if len(epochs) == 1 else None}
         axis.plot(epochs, values.mean(0), style, label=LABELS[precision], **line)
     axis.set(xlabel="epoch", ylabel=label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     name = label.partition(" (")[0]
     axis.set_title(f"{name}: mean and span of {len(values)} seeds", size=11)
     axis.legend()

@@ -158,7 +158,7 @@ def draw_ranges(entry: dict[str, Any], path: pathlib.Path) -> None:
     figure, (by_layer, over_time) = _figure(2)
     history = entry["history"]
     by_step = [ranges(kept, entry["steps"]) for kept in history.values()]
-    by_layer.boxplot(by_step, whis=(5, 95), showfliers=False)
+    by_layer.boxplot(by_step, whis=(5, 95), showfliers=False, medianprops={"lw": 0})
     _color_by_width(by_layer, by_step, history)
     by_layer.set(xlabel="layer, in order", ylabel="log2 of the range of dY")
     by_layer.set_title("by layer (whiskers: 5 to 95 % of steps)", size=11)
@@ -218,14 +218,15 @@ def draw_costs(entries: list[dict[str, Any]], path: pathlib.Path) -> bool:
         for at, values in zip(x, each, strict=True):
             costs.plot([at] * len(values), values, "k.", ms=4)
     costs.set(ylabel="points above float32")
-    costs.set_title("difference from float32 (dots: seeds)", size=11)
-    costs.legend()
+    costs.axhline(0, color="black", lw=0.8)
+    costs.set_title("difference from float32 (bars: mean, dots: seeds)", size=11)
+    figure.legend(loc="outside upper left", ncols=2)
     wide = [100 * (1 - gradient_shares(entry["bits"]).get("8", 0.0)) for entry in entries]
     shares.bar(place, wide, 0.5, color="tab:orange")
     shares.set(ylabel="share of gradients above 8 bits (%)", ylim=(0, 100))
     shares.set_title("where APT leaves 8 bits", size=11)
     for axis in (costs, shares):
-        axis.set_xticks(place, [entry["name"] for entry in entries], rotation=30, ha="right")
+        axis.set_xticks(place, [entry["name"] for entry in entries], rotation=45, ha="right", size=8)
     figure.savefig(path)
     return True
 
