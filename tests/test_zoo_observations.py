@@ -109,6 +109,8 @@ def test_one_gradient_of_two_bits_trains_worse_than_one_of_sixteen():
     )
     float32 = trainer.run(0, "float32", lambda: None)["score"]
     assert abs(fine - float32) < 2 and coarse != fine
+    _, step = observations._step_with_one_gradient(trainer, settings, "Dense_1")
+    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize(
