@@ -256,7 +256,8 @@ def finished_run(score):
 
 def keep(folder, origin, task, network, **scores):
     """`float32=[...]`: scores by seed."""
-    runs = Runs(folder, {"settings": {"task": task}, "environment": origin})
+    about = {"cpu": origin, "cores": 2, "isa": "avx2", "versions": {"jax": "1"}, "jax_apt": {"digest": "d"}}
+    runs = Runs(folder, {"settings": {"task": task}, "environment": about})
     for precision, values in scores.items():
         for seed, score in enumerate(values):
             runs.save(finished_run(score), network=network, seed=seed, precision=precision)
@@ -272,7 +273,8 @@ def test_what_has_finished_is_compared_over_the_seeds_that_are_there(tmp_path):
     assert vgg["difference"] == paired_difference([50.0, 60.0], [51.0, 62.0])
     assert (vgg["float32"], vgg["apt"], vgg["float32_spread"]) == (55.0, 56.5, 20.0)
     assert vgg["others"]["int8"]["difference"]["each"] == [-10.0]
-    assert vgg["origin"]["environment"] == "now"
+    assert vgg["origin"]["environment"]["cpu"] == "now"
+    assert tables.describe_origins([mlp, vgg]) == "- `jax-apt compare`; now, 2 cores, avx2; jax 1; code d\n"
     text = tables.markdown([mlp, vgg])
     assert "| mlp | digits (top-1) | 1 |" in text and "-1.00 [needs 2 seeds]" in text
     assert "mean over 2 networks: +0.25" in text and "mean over 1 networks: -10.00" in text

@@ -351,7 +351,7 @@ def _results(options: argparse.Namespace, _: str) -> int:
         return _fail(f"jax-apt results: error: no network has a finished pair in {options.folder / 'runs'}")
     results = {"networks": entries, "overall": overall(entries)}
     write_whole(options.folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    text = tables.markdown(entries)
+    text = tables.markdown(entries) + tables.describe_origins(entries)
     write_whole(options.folder / "results.md", text)
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)

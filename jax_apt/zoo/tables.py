@@ -102,7 +102,14 @@ def _markdown_row(entry: dict[str, Any], widths: list[str], others: list[str]) -
 def describe_origin(command: str, environment: dict[str, Any]) -> str:
     """A line on the command, the machine and the versions."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return f"- `{command}`; {environment['cpu']}, {environment['cores']} cores; {versions}\n"
+    machine = f"{environment['cpu']}, {environment['cores']} cores, {environment['isa']}"
+    return f"- `{command}`; {machine}; {versions}; code {environment['jax_apt']['digest']}\n"
+
+
+def describe_origins(entries: list[dict[str, Any]]) -> str:
+    """A line for each machine and version that runs of finished entries come from."""
+    lines = [describe_origin("jax-apt compare", entry["origin"]["environment"]) for entry in entries]
+    return "".join(dict.fromkeys(lines))
 
 
 def _step_ratio(times: dict[str, Any]) -> str:
