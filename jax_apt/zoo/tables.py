@@ -92,11 +92,15 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 def _markdown_row(entry: dict[str, Any], widths: list[str], others: list[str]) -> list[str]:
     shares, difference = gradient_shares(entry["bits"]), entry["difference"]
     cells = [entry["name"], f"{entry['task']} ({entry['metric']})", str(len(difference["each"]))]
-    cells += [f"{entry['float32']:.2f} [{entry['float32_spread']:.2f}]", f"{entry['apt']:.2f}"]
+    cells += [f"{entry['float32']:.2f} [{_spread(entry)}]", f"{entry['apt']:.2f}"]
     cells += [format_difference(difference), f"{min(difference['each']):+.2f}", describe_verdict(entry)]
     cells += [_percent(shares.get(width)) for width in widths]
     cells += [f"{gradient_interval(entry['bits']):.1f} steps", _step_ratio(entry["step_ms"])]
     return cells + [_markdown_other(entry["others"].get(name)) for name in others]
+
+
+def _spread(entry: dict[str, Any]) -> str:
+    return f"{entry['float32_spread']:.2f}" if len(entry["seeds"]["float32"]) > 1 else "-"
 
 
 def describe_origin(command: str, environment: dict[str, Any]) -> str:
