@@ -55,3 +55,13 @@ def test_data_chose_the_widths(benchmark):
 def test_a_readme_without_marks_is_refused(benchmark):
     with pytest.raises(ValueError, match="has 0 tables"):
         benchmark.with_table("# nothing", benchmark.newest())
+
+
+def test_the_page_of_results_is_that_of_the_kept_runs():
+    from jax_apt.zoo import tables
+    from jax_apt.zoo.compare import finished_entries
+
+    (folder,) = (ROOT / "benchmarks" / "results").glob("*/networks")
+    entries = finished_entries(folder / "runs")
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert entries and tables.put(tables.markdown(entries) + tables.describe_origins(entries), page) == page

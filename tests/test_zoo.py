@@ -15,7 +15,8 @@ from scipy import stats
 
 import jax_apt as apt
 from jax_apt.zoo import cli, environment, tables
-from jax_apt.zoo.compare import compare_network, merge_reports, paired_difference
+from jax_apt.zoo.compare import Job, compare, finished_entries, in_order, merge_reports, paired_difference
+from jax_apt.zoo.history import changes, per_step
 from jax_apt.zoo.metrics import top1
 from jax_apt.zoo.networks import NETWORKS
 from jax_apt.zoo.precisions import PRECISIONS, Settings
@@ -27,19 +28,8 @@ from jax_apt.zoo.trainer import Trainer, count_steps
 pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
 ROOT = pathlib.Path(__file__).parents[1]
-QUICK = Settings(epochs=1, batch_size=400, backend="xla")
-QUICK_OPTIONS = [
-    "--network",
-    "mlp",
-    "--seeds",
-    "2",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "400",
-    "--backend",
-    "xla",
-]
+QUICK = Settings(epochs=1, batch_size=400)
+QUICK_OPTIONS = ["--network", "mlp", "--seeds", "2", "--epochs", "1", "--batch-size", "400"]
 
 
 def no_progress(*_):
@@ -174,22 +164,37 @@ def test_each_step_is_compiled_once_for_all_seeds(trainer):
     assert [trainer.steps[precision]._cache_size() for precision in PRECISIONS] == [1, 1]
 
 
-def test_history_is_that_of_the_state(trainer):
+def test_history_ends_with_the_state_and_starts_with_the_first_step(trainer):
     result = trainer.run(0, "apt", no_progress)
     layers = {layer["name"]: layer["tensors"]["dy"] for layer in result["report"]["layers"]}
-    assert list(result["history"]) == list(layers)
-    for name, formats in result["history"].items():
-        assert len(formats["bits"]) == len(formats["exponent"]) == trainer.steps_per_epoch
-        assert formats["bits"][-1] == layers[name]["bits"]
-        assert formats["exponent"][-1] == layers[name]["exponent"]
+    assert list(result["history"]) == list(layers) and result["steps"] == trainer.steps_per_epoch
+    for name, kept in result["history"].items():
+        bits, exponents = per_step(kept, result["steps"])
+        assert len(bits) == len(exponents) == result["steps"]
+        assert (bits[-1], exponents[-1]) == (layers[name]["bits"], layers[name]["exponent"])
+
+
+def test_changes_are_undone():
+    bits, exponents = np.array([8, 8, 8, 16, 16, 16]), np.array([-3, -3, -2, -10, -10, -9])
+    kept = changes(bits, exponents)
+    assert kept == {"steps": [0, 2, 3, 5], "bits": [8, 8, 16, 16], "exponent": [-3, -2, -10, -9]}
+    np.testing.assert_array_equal(per_step(kept, 6), [bits, exponents])
 
 
 def test_a_diverged_run_is_still_json(tmp_path):
-    settings = Settings(epochs=2, batch_size=800, learning_rate=1e30, backend="xla")
-    runs = Runs(tmp_path, settings.to_dict())
-    entry = compare_network("mlp", settings, 1, runs, no_progress)
+    settings = Settings(epochs=2, batch_size=800, learning_rate=1e30)
+    job = Job(settings, ["mlp"], PRECISIONS, Runs(tmp_path, {"settings": settings.to_dict()}))
+    (entry,) = compare([job], 1, no_progress)
     assert json.loads(json.dumps(entry, allow_nan=False))["float32"] == 0
     assert None in entry["curves"]["float32"]["losses"][0]
+
+
+def test_every_network_has_a_pair_before_any_has_two():
+    """And the other precisions come after the pairs."""
+    jobs = [Job(QUICK, names, ("float32", "apt", "int8"), None) for names in (["a", "b"], ["c"])]
+    runs = [(run.seed, run.network, run.precision) for run in in_order(jobs, 2)]
+    pairs = [(seed, n, p) for seed in (0, 1) for n in "abc" for p in ("float32", "apt")]
+    assert runs == pairs + [(seed, n, "int8") for seed in (0, 1) for n in "abc"]
 
 
 def test_step_times_are_ordered_quartiles(trainer):
@@ -236,6 +241,67 @@ def test_merged_reports_are_means_over_the_seeds():
     assert merged["share"] == {"8": 0.75, "16": 0.25}
     assert (merged["mean_interval"], merged["nonfinite"]) == (3.0, 3)
     assert merged["final_bits"] == [8, 8]
+
+
+# Finished runs, whatever made them
+
+
+def finished_run(score):
+    tensor = {"share": {"8": 1.0}, "mean_interval": 2.0, "nonfinite": 0, "bits": 8}
+    layer = {"name": "a", "backend": "xla", "reason": "", "tensors": {"dy": tensor}}
+    report = {"layers": [layer], "left_in_float": []}
+    curves = {"scored_epochs": [1], "scores": [score], "losses": [1.0], "steps": 3}
+    return {"score": score, **curves, "report": report, "history": {}}
+
+
+def keep(folder, origin, task, network, **scores):
+    """`float32=[...]`: scores by seed."""
+    about = {"cpu": origin, "cores": 2, "isa": "avx2", "versions": {"jax": "1"}, "jax_apt": {"digest": "d"}}
+    runs = Runs(folder, {"settings": {"task": task}, "environment": about})
+    for precision, values in scores.items():
+        for seed, score in enumerate(values):
+            runs.save(finished_run(score), network=network, seed=seed, precision=precision)
+
+
+def test_what_has_finished_is_compared_over_the_seeds_that_are_there(tmp_path):
+    keep(tmp_path, "now", "clutter", "vgg16", float32=[50.0, 60.0, 70.0], apt=[51.0, 62.0], int8=[40.0])
+    keep(tmp_path, "before", "clutter", "vgg16", float32=[0.0], apt=[0.0])  # fewer runs: do not count
+    keep(tmp_path, "now", "digits", "mlp", float32=[90.0], apt=[89.0])
+    keep(tmp_path, "now", "clutter", "alexnet", float32=[30.0])  # has no pair yet
+    mlp, vgg = finished_entries(tmp_path)
+    assert (mlp["name"], vgg["name"]) == ("mlp", "vgg16")
+    assert vgg["difference"] == paired_difference([50.0, 60.0], [51.0, 62.0])
+    assert (vgg["float32"], vgg["apt"], vgg["float32_spread"]) == (55.0, 56.5, 20.0)
+    assert vgg["others"]["int8"]["difference"]["each"] == [-10.0]
+    assert vgg["origin"]["environment"]["cpu"] == "now"
+    assert tables.describe_origins([mlp, vgg]) == "- `jax-apt compare`; now, 2 cores, avx2; jax 1; code d\n"
+    text = tables.markdown([mlp, vgg])
+    assert "| mlp | digits (top-1) | 1 |" in text and "-1.00 [needs 2 seeds]" in text
+    assert "mean over 2 networks: +0.25" in text and "mean over 1 networks: -10.00" in text
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "verdict"),
+    [(-1.4, 0, "paper's range"), (-2, 3, "float32's spread"), (2, 3, "float32's spread"), (-2, 1, "neither")],
+)
+def test_the_table_says_where_a_difference_lies(mean, spread, verdict):
+    assert tables.describe_verdict({"difference": {"mean": mean}, "float32_spread": spread}) == verdict
+
+
+def test_results_command_writes_the_table_between_marks(tmp_path, capsys):
+    keep(tmp_path / "runs", "now", "digits", "mlp", float32=[90.0, 91.0], apt=[89.0, 91.0])
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- networks -->\nold\n<!-- end of networks -->\nafter\n")
+    assert cli.main(["results", str(tmp_path), "--into", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert tables.markdown(finished_entries(tmp_path / "runs")) in text
+    assert json.loads((tmp_path / "results.json").read_text())["networks"][0]["name"] == "mlp"
+    page.write_text("no marks")
+    assert cli.main(["results", str(tmp_path), "--into", str(page)]) == 2
+    assert cli.main(["results", str(tmp_path / "none")]) == 2
+    errors = capsys.readouterr().err
+    assert "must have the marks" in errors and "no network has a finished pair" in errors
 
 
 # Runs on disk
@@ -310,7 +376,7 @@ def check_entry(entry, seeds):
     assert difference["mean"] == pytest.approx(entry["apt"] - entry["float32"], abs=1e-6)
     assert len(entry["seeds"]["float32"]) == len(entry["seeds"]["apt"]) == seeds
     for layer in entry["bits"].values():
-        assert layer["backend"] == "xla" and set(layer["tensors"]) == {"x", "w", "dy"}
+        assert layer["backend"] in ("native", "xla") and set(layer["tensors"]) == {"x", "w", "dy"}
         for tensor in layer["tensors"].values():
             assert sum(tensor["share"].values()) == pytest.approx(1)
 
@@ -374,19 +440,24 @@ def test_a_damaged_run_is_trained_again_and_the_others_are_not(finished, tmp_pat
     assert kept == {path.name: path.read_text() for path in (tmp_path / "runs").iterdir()}
 
 
-def test_fresh_forgets_finished_runs(finished, tmp_path, capsys):
+def test_fresh_forgets_finished_runs(finished, tmp_path, capsys, monkeypatch):
+    kept = json.loads(next((finished[0] / "runs").glob("mlp-1-apt-*")).read_text())["result"]
+    times = {p: {"median": 1.0} for p in PRECISIONS}
+    monkeypatch.setattr(Trainer, "run", lambda self, seed, precision, on_step: kept | {"score": 12.0})
+    monkeypatch.setattr(Trainer, "step_times", lambda self, precisions: times)
     (tmp_path / "runs").mkdir()
     for path in (finished[0] / "runs").iterdir():
         (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
     options = ["compare", *QUICK_OPTIONS, "--json", "--fresh", "--out", str(tmp_path)]
     assert cli.main(options) == 0
-    assert json.loads(capsys.readouterr().out)["networks"][0]["reused_runs"] == 0
+    (entry,) = json.loads(capsys.readouterr().out)["networks"]
+    assert entry["reused_runs"] == 0 and entry["float32"] == 12
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_comparison_goes_on(tmp_path, kind):
-    options = ["compare", "--json", "--network", "mlp", "--seeds", "40", "--epochs", "1"]
-    options += ["--batch-size", "400", "--backend", "xla", "--out", str(tmp_path)]
+def test_a_killed_comparison_goes_on(tmp_path, kind, capsys):
+    options = ["compare", "--json", *QUICK_OPTIONS, "--out", str(tmp_path)]
+    options[options.index("2")] = "40"
     process = subprocess.Popen(
         [sys.executable, "-m", "jax_apt.zoo.cli", *options],
         cwd=ROOT,
@@ -405,9 +476,8 @@ def test_a_killed_comparison_goes_on(tmp_path, kind):
         assert "Traceback" not in errors
     finished = len(list(tmp_path.glob("runs/*.json")))
     assert 3 <= finished < 80
-    again = command_line(*[o if o != "40" else "2" for o in options])
-    assert again.returncode == 0, again.stderr
-    reused = json.loads(again.stdout)["networks"][0]["reused_runs"]
+    assert cli.main([o if o != "40" else "2" for o in options]) == 0
+    reused = json.loads(capsys.readouterr().out)["networks"][0]["reused_runs"]
     assert reused == min(finished, 4)
 
 
@@ -460,14 +530,15 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch, capsy
 
 
 @pytest.mark.parametrize("package", cli.EXTRA_PACKAGES)
-def test_a_missing_package_names_the_extra(package, tmp_path):
-    block = f"import sys; sys.modules[{package!r}] = None; from jax_apt.zoo import cli; "
-    call = f"sys.exit(cli.main(['compare', '--epochs', '1', '--out', {str(tmp_path)!r}]))"
-    process = subprocess.run(
-        [sys.executable, "-c", block + call], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert process.returncode == 2 and process.stdout == ""
-    assert f"{package!r} is missing" in process.stderr
-    assert "pip install 'jax-apt[cli]'" in process.stderr
-    assert "Traceback" not in process.stderr
-    assert not list(tmp_path.glob("runs/*"))
+def test_a_missing_package_names_the_extra(package, tmp_path, capsys, monkeypatch):
+    """Everything of the zoo is imported anew while the package cannot be."""
+    import jax_apt
+
+    monkeypatch.setattr(jax_apt, "zoo", None)  # set again by the import; undone after the test
+    for name in [name for name in sys.modules if name.startswith(("jax_apt.zoo", f"{package}."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["compare", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert f"{package!r} is missing" in output.err and "pip install 'jax-apt[cli]'" in output.err
+    assert output.out == "" and not list(tmp_path.glob("runs/*"))

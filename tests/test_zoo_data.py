@@ -298,6 +298,19 @@ def test_recipes_name_networks_and_train_their_parameters(name):
     assert max(rates) > 2 * rates[-1] > 0
 
 
+def test_rates_fall_when_published():
+    """Over the first rate, by epoch: Luong's halving after the eighth, MobileNet's 0.98, SSD's drops."""
+
+    def rates(name, epochs):
+        recipe = RECIPES[name]
+        schedule = recipe.schedule(100)
+        return [float(schedule(100 * epoch + 50)) / recipe.learning_rate for epoch in epochs]
+
+    assert rates("seq2seq-lstm-text", (0, 7, 8, 9, 11)) == pytest.approx([1, 1, 1, 0.5, 0.125])
+    assert rates("mobilenet-v2-imagenet", (0, 1, 10)) == pytest.approx([1, 0.98, 0.98**10])
+    assert rates("ssd300-voc", (153, 156, 190, 196)) == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
 def test_warmup_is_that_of_its_formula():
     rate = RECIPES["transformer-text"].schedule(100)
     for step in (1, 1000, 4000, 50_000):

@@ -16,7 +16,7 @@ from jax_apt.zoo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
-QUICK = Settings(epochs=1, batch_size=400, backend="xla")
+QUICK = Settings(epochs=1, batch_size=400)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     """A finished comparison with gradients of 8 bits beside APT."""
     out = tmp_path_factory.mktemp("finished")
     options = ["--network", "mlp", "--network", "convnet", "--seeds", "2", "--epochs", "1"]
-    options += ["--batch-size", "800", "--backend", "xla", "--precision", "int8", "--out", str(out)]
+    options += ["--batch-size", "800", "--precision", "int8", "--out", str(out)]
     patch, recipe = pytest.MonkeyPatch(), replace(TASKS["digits"].recipe, timed_pairs=2)
     patch.setitem(TASKS, "digits", replace(TASKS["digits"], recipe=recipe))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -44,16 +44,18 @@ def test_other_precisions_are_paired_with_float32(folder):
     means = [entry["difference"]["mean"] for entry in results["networks"]]
     assert results["overall"]["apt"]["mean"] == pytest.approx(np.mean(means))
     assert set(results["overall"]) == {"apt", "int8"} == set(overall(results["networks"]))
+    assert results["overall"]["int8"]["networks"] == 2
 
 
 def test_the_table_has_a_row_per_network_and_names_command_and_machine(folder):
     results = json.loads((folder / "results.json").read_text())
     text = (folder / "results.md").read_text()
-    assert text == tables.markdown(results["networks"], results["command"], results["environment"])
+    origin = tables.describe_origin(results["command"], results["environment"])
+    assert text == tables.markdown(results["networks"]) + origin
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
     assert rows[2].startswith("| mlp |") and rows[3].startswith("| convnet |")
-    for word in (results["command"], results["environment"]["cpu"], "2 paired seeds"):
+    for word in (results["command"], results["environment"]["cpu"], "| mlp | digits (top-1) | 2 |"):
         assert word in text
 
 
@@ -100,13 +102,15 @@ def test_errors_are_measured_and_correlated(tmp_path, monkeypatch):
 
 
 def test_one_gradient_of_two_bits_trains_worse_than_one_of_sixteen():
-    settings = Settings(epochs=2, batch_size=200, backend="xla")
+    settings = Settings(epochs=2, batch_size=200)
     trainer = Trainer("mlp", settings)
     coarse, fine = (
         observations._score_with_one_gradient(trainer, settings, "Dense_1", bits) for bits in (2, 16)
     )
     float32 = trainer.run(0, "float32", lambda: None)["score"]
     assert abs(fine - float32) < 2 and coarse != fine
+    _, step = observations._step_with_one_gradient(trainer, settings, "Dense_1")
+    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize(

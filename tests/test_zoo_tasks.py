@@ -87,7 +87,7 @@ def test_scene_tasks_draw_anew_in_each_epoch_and_repeat_by_seed(name):
     first, again, later = (next(data.batches(4, 0, epoch)) for epoch in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.array_equal(first[0], later[0])
-    assert len(data) == 3 * 1611
+    assert len(data) == 1611
 
 
 def test_test_scenes_show_held_out_digits(monkeypatch):

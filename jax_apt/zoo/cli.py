@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import shutil
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 EXTRA = "pip install 'jax-apt[cli]'"
 DATA_EXTRA, DATA_PACKAGES = "pip install 'jax-apt[data]'", ("grain", "orbax", "PIL")
@@ -58,9 +58,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--fresh", action="store_true", help="forget the finished runs in the folder")
     add("--json", action="store_true", help="print one JSON object alone on standard output")
     compare.set_defaults(function=_compare)
+    _add_results(commands)
     _add_observe(commands)
     _add_train(commands)
     return parser
+
+
+def _add_results(commands) -> None:
+    results = commands.add_parser(
+        "results",
+        help="write the table of the runs that a comparison has finished so far",
+        description="Trains nothing. Reads the finished runs of `jax-apt compare --out FOLDER`, also of an "
+        "interrupted or still running one, and writes results.json and results.md; each network is compared "
+        "over the seeds that are there.",
+    )
+    add = results.add_argument
+    add("folder", type=pathlib.Path, metavar="FOLDER", help="of a comparison")
+    add("--into", type=pathlib.Path, default=argparse.SUPPRESS, help="file whose marked table is replaced")
+    add("--pictures", type=pathlib.Path, help="folder to draw a picture per network to")
+    results.set_defaults(function=_results)
 
 
 def _add_observe(commands) -> None:
@@ -218,7 +234,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     if problem:
         return _fail(f"jax-apt compare: error: {problem}")
     machine = environment.describe()
-    entries = _run(jobs, options, machine)
+    entries = _run(jobs, options.seeds, options.out)
     tasks = {
         job.settings.task: {
             "settings": job.settings.to_dict() | {"seeds": options.seeds},
@@ -230,7 +246,9 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     results = {"command": command, "environment": machine, **about, "networks": entries}
     results["overall"] = overall(entries)
     write_whole(options.out / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    write_whole(options.out / "results.md", tables.markdown(entries, command, machine))
+    write_whole(
+        options.out / "results.md", tables.markdown(entries) + tables.describe_origin(command, machine)
+    )
     for entry in entries:
         figures.draw(entry, options.out / f"{entry['name']}.png")
     if options.json:
@@ -241,24 +259,21 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
-class _Job(NamedTuple):
-    """The networks of one task."""
-
-    settings: Any
-    networks: list[str]
-    precisions: list[str]
-
-
-def _jobs(options: argparse.Namespace) -> list[_Job]:
+def _jobs(options: argparse.Namespace) -> list:
+    from jax_apt.zoo import environment
+    from jax_apt.zoo.compare import Job
     from jax_apt.zoo.precisions import ALL_PRECISIONS, PRECISIONS
+    from jax_apt.zoo.runs import Runs
     from jax_apt.zoo.tasks import TASKS
 
     chosen = getattr(options, "precision", ALL_PRECISIONS if options.all else ())
     precisions = [p for p in ALL_PRECISIONS if p in PRECISIONS or p in chosen]
     jobs = []
     for name in TASKS if options.all else [options.task]:
-        networks = getattr(options, "network", TASKS[name].networks)
-        jobs.append(_Job(_settings(options, name), list(dict.fromkeys(networks)), precisions))
+        networks = list(dict.fromkeys(getattr(options, "network", TASKS[name].networks)))
+        settings = _settings(options, name)
+        common = {"settings": settings.to_dict(), "environment": environment.describe()}
+        jobs.append(Job(settings, networks, precisions, Runs(options.out / "runs", common)))
     return jobs
 
 
@@ -272,7 +287,7 @@ def _settings(options: argparse.Namespace, task: str):
     return settings_for(task, **{name: getattr(options, name, None) for name in names})
 
 
-def _find_problem(options: argparse.Namespace, jobs: list[_Job]) -> str:
+def _find_problem(options: argparse.Namespace, jobs: list) -> str:
     """Makes the folder ready; returns what is wrong, or ""."""
     from jax_apt.plan import choose_backend
     from jax_apt.zoo.trainer import count_examples
@@ -293,13 +308,13 @@ def _find_problem(options: argparse.Namespace, jobs: list[_Job]) -> str:
     try:
         if options.fresh:
             shutil.rmtree(options.out / "runs", ignore_errors=True)
-        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"argument --out: {error}"
     return ""
 
 
-def _find_misfit(job: _Job) -> str:
+def _find_misfit(job) -> str:
     from jax_apt.zoo.tasks import TASKS
 
     task = TASKS[job.settings.task]
@@ -309,31 +324,46 @@ def _find_misfit(job: _Job) -> str:
     return f"argument --network: {wrong[0]} does not do the task {task.name}; {', '.join(task.networks)} do"
 
 
-def _run(jobs: list[_Job], options: argparse.Namespace, machine: dict) -> list[dict[str, Any]]:
-    from jax_apt.zoo.compare import compare_network
-    from jax_apt.zoo.runs import Runs
+def _run(jobs: list, seeds: int, folder: pathlib.Path) -> list[dict[str, Any]]:
+    from jax_apt.zoo.compare import compare
     from jax_apt.zoo.trainer import count_steps
 
-    entries, seeds = [], options.seeds
     total = sum(
         len(job.networks) * seeds * len(job.precisions) * job.settings.epochs * count_steps(job.settings)
         for job in jobs
     )
-    damaged = []
     with _Progress(total) as progress:
-        for job in jobs:
-            common = {"settings": job.settings.to_dict(), "environment": machine}
-            runs = Runs(options.out / "runs", common)
-            for name in job.networks:
-                entries.append(
-                    compare_network(name, job.settings, seeds, runs, progress.advance, job.precisions)
-                )
-            damaged += runs.damaged
+        entries = compare(jobs, seeds, progress.advance)
     for entry in entries:
-        _report_reuse(entry, seeds * len(entry["seeds"]), options.out / "runs")
-    for path in damaged:
+        _report_reuse(entry, seeds * len(entry["seeds"]), folder / "runs")
+    for path in (path for job in jobs for path in job.runs.damaged):
         print(f"{path} was damaged; it has been made anew", file=sys.stderr)
     return entries
+
+
+def _results(options: argparse.Namespace, _: str) -> int:
+    from jax_apt.zoo import figures, tables
+    from jax_apt.zoo.compare import finished_entries, overall
+    from jax_apt.zoo.runs import write_whole
+
+    entries = finished_entries(options.folder / "runs")
+    if not entries:
+        return _fail(f"jax-apt results: error: no network has a finished pair in {options.folder / 'runs'}")
+    results = {"networks": entries, "overall": overall(entries)}
+    write_whole(options.folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    text = tables.markdown(entries) + tables.describe_origins(entries)
+    write_whole(options.folder / "results.md", text)
+    if options.pictures:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        for entry in entries:
+            figures.draw(entry, options.pictures / f"{entry['name']}.png")
+    if hasattr(options, "into"):
+        try:
+            write_whole(options.into, tables.put(text, options.into.read_text()))
+        except (OSError, ValueError) as error:
+            return _fail(f"jax-apt results: error: argument --into: {error}")
+    print(text)
+    return 0
 
 
 def _observe(options: argparse.Namespace, _: str) -> int:

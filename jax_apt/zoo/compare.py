@@ -1,59 +1,98 @@
 """float32 against fixed point over paired seeds, resumable run by run."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from jax_apt.zoo.precisions import PRECISIONS, Settings
-from jax_apt.zoo.runs import Runs
+from jax_apt.zoo.precisions import ALL_PRECISIONS, PRECISIONS, Settings
+from jax_apt.zoo.runs import Runs, read_runs
+from jax_apt.zoo.tasks import TASKS
 from jax_apt.zoo.trainer import Trainer
 
-Results = dict[str, list[dict[str, Any]]]  # precision -> one result of `Trainer.run` per seed
+Results = dict[str, dict[int, dict[str, Any]]]  # precision, seed: one result of `Trainer.run`
 
 
-def compare_network(
-    network: str,
-    settings: Settings,
-    seeds: int,
-    runs: Runs,
-    progress: Callable[[str, int], None],
-    precisions: Sequence[str] = PRECISIONS,
-) -> dict[str, Any]:
-    """Trains one network at each precision with every seed and compares the scores.
+class Job(NamedTuple):
+    """The networks of one task, and where their finished runs are."""
+
+    settings: Settings
+    networks: Sequence[str]
+    precisions: Sequence[str]  # names in `ALL_PRECISIONS`, "float32" and "apt" among them
+    runs: Runs
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    job: Job
+    network: str
+    seed: int
+    precision: str
+
+
+def in_order(jobs: Sequence[Job], seeds: int) -> Iterator[Run]:
+    """A pair of every network, then the next pair of every network; the other precisions after those.
+
+    So whatever has finished when a comparison is interrupted says something about all networks.
+    """
+    others = list(dict.fromkeys(p for job in jobs for p in job.precisions if p not in PRECISIONS))
+    for group in (PRECISIONS, *([other] for other in others)):
+        for seed in range(seeds):
+            for job in jobs:
+                for network in job.networks:
+                    yield from (Run(job, network, seed, p) for p in group if p in job.precisions)
+
+
+def compare(jobs: Sequence[Job], seeds: int, progress: Callable[[str, int], None]) -> list[dict[str, Any]]:
+    """Trains each network at each precision with every seed, where no run is kept, and compares the scores.
 
     Args:
-      network: name in `NETWORKS`.
-      settings: what the runs share.
+      jobs: what is compared.
       seeds: how many; seed k gives all precisions the same initial values, data and batches.
-      runs: finished runs are read from here and new ones kept here.
       progress: called with (description, steps just finished).
-      precisions: names in `ALL_PRECISIONS`, "float32" and "apt" among them.
 
     Returns:
-      The network's entry in the results; scores and differences in points.
+      The networks' entries in the results; scores and differences in points.
     """
-    trainer = Trainer(network, settings)
-    results: Results = {precision: [] for precision in precisions}
-    reused = 0
-    for seed in range(seeds):
-        for precision in precisions:
-            which = {"network": network, "seed": seed, "precision": precision}
-            label = f"{network} seed {seed} {precision}"
-            progress(label, 0)
-            result = runs.load(**which)
-            if result is None:
-                result = trainer.run(seed, precision, lambda label=label: progress(label, 1))
-                runs.save(result, **which)
-            else:
-                reused += 1
-                progress(label, settings.epochs * trainer.steps_per_epoch)
-            results[precision].append(result)
-    progress(f"{network} step times", 0)
-    times = _step_times(trainer, network, runs, precisions)
-    entry = _entry(network, settings, results) | {"metric": trainer.task.metric}
-    return entry | {"step_ms": times, "reused_runs": reused}
+    trainers = {(job.settings.task, n): Trainer(n, job.settings) for job in jobs for n in job.networks}
+    results = {key: {p: {} for p in job.precisions} for job in jobs for key in _keys(job)}
+    reused = dict.fromkeys(results, 0)
+    for run in in_order(jobs, seeds):
+        key = run.job.settings.task, run.network
+        result, is_kept = _train_or_load(trainers[key], run, progress)
+        results[key][run.precision][run.seed] = result
+        reused[key] += is_kept
+    entries = []
+    for job in jobs:
+        for key in _keys(job):
+            trainer, network = trainers[key], key[1]
+            progress(f"{network} step times", 0)
+            times = _step_times(trainer, network, job.runs, job.precisions)
+            entry = make_entry(network, job.settings.task, results[key], times)
+            entries.append(entry | {"reused_runs": reused[key]})
+    return entries
+
+
+def _keys(job: Job) -> list[tuple[str, str]]:
+    return [(job.settings.task, network) for network in job.networks]
+
+
+def _train_or_load(trainer: Trainer, run: Run, progress: Callable) -> tuple[dict[str, Any], bool]:
+    """(the result, whether it was kept from before)."""
+    which = {"network": run.network, "seed": run.seed, "precision": run.precision}
+    label = f"{run.network} seed {run.seed} {run.precision}"
+    progress(label, 0)
+    result = run.job.runs.load(**which)
+    if result is not None:
+        progress(label, result["steps"])
+        return result, True
+    result = trainer.run(run.seed, run.precision, lambda: progress(label, 1))
+    run.job.runs.save(result, **which)
+    return result, False
 
 
 def _step_times(trainer: Trainer, network: str, runs: Runs, precisions: Sequence[str]) -> dict[str, Any]:
@@ -65,38 +104,89 @@ def _step_times(trainer: Trainer, network: str, runs: Runs, precisions: Sequence
     return times
 
 
-def _entry(network: str, settings: Settings, results: Results) -> dict[str, Any]:
-    scores = {p: [result["score"] for result in found] for p, found in results.items()}
+def finished_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Entries of the networks with a finished pair in a folder of runs, whatever code has made them.
+
+    Runs of one network with several settings or versions are not mixed: those with the most runs count.
+    """
+    by_origin: dict[tuple[str, str], dict[str, list]] = {}
+    for key, result in read_runs(folder):
+        network = key["common"]["settings"]["task"], key["network"]
+        origin = json.dumps(key["common"], sort_keys=True)
+        by_origin.setdefault(network, {}).setdefault(origin, []).append((key, result))
+    entries = []
+    for task, network in sorted(by_origin, key=_place):
+        found = max(by_origin[task, network].values(), key=len)
+        results: Results = {}
+        times = {}
+        for key, result in found:
+            if "precision" in key:
+                results.setdefault(key["precision"], {})[key["seed"]] = result
+            else:
+                times |= result
+        if results.get("float32", {}).keys() & results.get("apt", {}).keys():
+            entries.append(make_entry(network, task, results, times) | {"origin": found[0][0]["common"]})
+    return entries
+
+
+def _place(network: tuple[str, str]) -> tuple[int, int]:
+    """Order of tasks and of their networks."""
+    task, name = network
+    return list(TASKS).index(task), TASKS[task].networks.index(name)
+
+
+def make_entry(network: str, task: str, results: Results, times: dict[str, Any]) -> dict[str, Any]:
+    """A network's entry; each precision is compared with float32 over the seeds that both have.
+
+    Args:
+      times: of `Trainer.step_times`; {} where they were not measured.
+    """
+    pairs = {p: sorted(results["float32"].keys() & found.keys()) for p, found in results.items()}
+    seeds = pairs["apt"]
+    others = {p: _other(results, p, pairs[p]) for p in ALL_PRECISIONS if pairs.get(p) and p not in PRECISIONS}
+    scores = {p: [results[p][k]["score"] for k in pairs[p]] for p in results}
+    difference = paired_difference(*([results[p][k]["score"] for k in seeds] for p in PRECISIONS))
+    adaptive = [results["apt"][k] for k in seeds]
     return {
         "name": network,
-        "task": settings.task,
-        "float32": float(np.mean(scores["float32"])),
-        "apt": float(np.mean(scores["apt"])),
-        "difference": paired_difference(scores["float32"], scores["apt"]),
-        "bits": merge_reports([result["report"] for result in results["apt"]]),
-        "left_in_float": results["apt"][0]["report"]["left_in_float"],
+        "task": task,
+        "metric": TASKS[task].metric,
+        "float32": float(np.mean([results["float32"][k]["score"] for k in seeds])),
+        "apt": float(np.mean([result["score"] for result in adaptive])),
+        "difference": difference,
+        "float32_spread": float(np.ptp(scores["float32"])),
+        "bits": merge_reports([result["report"] for result in adaptive]),
+        "left_in_float": adaptive[0]["report"]["left_in_float"],
         "seeds": scores,
-        "curves": {p: _curves(found) for p, found in results.items()},
-        "history": results["apt"][0]["history"],
-        "others": {p: _other(scores, p, results[p]) for p in results if p not in PRECISIONS},
+        "curves": {p: _curves([results[p][k] for k in pairs[p]]) for p in results if pairs[p]},
+        "steps": adaptive[0]["steps"],
+        "history": adaptive[0]["history"],
+        "others": others,
+        "step_ms": times,
     }
 
 
-def _other(scores: dict[str, list[float]], precision: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _other(results: Results, precision: str, seeds: list[int]) -> dict[str, Any]:
     """A precision beside float32 and APT, compared with float32."""
+    found = [results[precision][seed] for seed in seeds]
+    scores = [result["score"] for result in found]
     return {
-        "mean": float(np.mean(scores[precision])),
-        "difference": paired_difference(scores["float32"], scores[precision]),
-        "bits": merge_reports([result["report"] for result in results]),
+        "mean": float(np.mean(scores)),
+        "difference": paired_difference([results["float32"][seed]["score"] for seed in seeds], scores),
+        "bits": merge_reports([result["report"] for result in found]),
     }
 
 
 def overall(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per precision, the mean over networks of the mean difference from float32, and its interval."""
     differences = {"apt": [entry["difference"]["mean"] for entry in entries]}
-    for name in entries[0]["others"]:
-        differences[name] = [entry["others"][name]["difference"]["mean"] for entry in entries]
-    return {name: paired_difference([0.0] * len(each), each) for name, each in differences.items()}
+    for name in (p for p in ALL_PRECISIONS if any(p in entry["others"] for entry in entries)):
+        have = [entry["others"][name] for entry in entries if name in entry["others"]]
+        differences[name] = [other["difference"]["mean"] for other in have]
+    return {
+        name: paired_difference([0.0] * len(each), each) | {"networks": len(each)}
+        for name, each in differences.items()
+    }
 
 
 def gradient_shares(bits: dict[str, Any]) -> dict[str, float]:
@@ -111,9 +201,10 @@ def gradient_interval(bits: dict[str, Any]) -> float:
     return float(np.mean([layer["tensors"]["dy"]["mean_interval"] for layer in bits.values()]))
 
 
-def _curves(results: list[dict[str, Any]]) -> dict[str, list[list[float | None]]]:
+def _curves(results: list[dict[str, Any]]) -> dict[str, Any]:
     """By seed and epoch."""
-    return {curve: [result[curve] for result in results] for curve in ("scores", "losses")}
+    curves: dict[str, Any] = {curve: [result[curve] for result in results] for curve in ("scores", "losses")}
+    return curves | {"scored_epochs": results[0]["scored_epochs"]}
 
 
 def paired_difference(float32: Sequence[float], apt: Sequence[float]) -> dict[str, Any]:

@@ -4,14 +4,21 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from jax_apt.zoo.history import Changes, per_step
 
 COLORS = {"float32": "tab:gray", "apt": "tab:red"}
 LABELS = {"float32": "float32", "apt": "APT"}
-LAYER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
+WIDTH_COLORS = {8: "#56b4e9", 14: "#009e73", 16: "#e69f00", 24: "#d55e00"}
+OTHER_WIDTH = "#cc79a7"
+COLUMNS = 600  # of a band at most: more steps than that are shown by their greatest value in turn
+NAMED = 12  # layers at most whose name is written
 
 
 def draw(entry: dict[str, Any], path: pathlib.Path) -> None:
@@ -19,63 +26,75 @@ def draw(entry: dict[str, Any], path: pathlib.Path) -> None:
     figure = Figure(figsize=(9, 8.5), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic(
-        [["bits", "bits"], ["range", "range"], ["loss", "score"]], height_ratios=(2.4, 3, 3)
+        [["bits", "bits"], ["range", "range"], ["loss", "score"]], height_ratios=(3, 3, 3)
     )
     figure.suptitle(f"{entry['name']} on {entry['task']}: float32 and adaptive fixed point (APT)")
-    _draw_bits(axes["bits"], entry["history"])
-    _draw_ranges(axes["range"], entry["history"])
+    _draw_bits(axes["bits"], entry["history"], entry["steps"])
+    _draw_ranges(figure, axes["range"], entry["history"], entry["steps"])
     _draw_curves(axes["loss"], entry["curves"], "losses", "training loss (nats)")
     _draw_curves(axes["score"], entry["curves"], "scores", f"test score ({_unit(entry['metric'])})")
     _use_log_scale(axes["loss"])
-    for axis in axes.values():
-        axis.grid(alpha=0.3)
-    _name_layers(figure, *axes["bits"].get_legend_handles_labels())
+    for name in ("loss", "score"):
+        axes[name].grid(alpha=0.3)
     figure.savefig(path)
 
 
-def _name_layers(figure: Figure, handles: list, labels: list[str]) -> None:
-    """A legend; of many layers it names some, whose colours run from the first to the last."""
-    title = "layers (upper two pictures)"
-    if len(labels) > len(LAYER_COLORS):
-        title = f"some of the {len(labels)} layers (upper two pictures), in order of depth"
-        some = np.linspace(0, len(labels) - 1, len(LAYER_COLORS) - 1).round().astype(int)
-        handles, labels = [handles[i] for i in some], [labels[i] for i in some]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
+def ranges(kept: Changes, steps: int) -> np.ndarray:
+    """log2 of the largest magnitude that a layer's gradient could hold at each step."""
+    bits, exponents = per_step(kept, steps)
+    return exponents + bits - 1
 
 
 def _unit(metric: str) -> str:
     return "%" if metric == "top-1" else f"{metric}, points"
 
 
-def _draw_bits(axis: Axes, history: dict[str, Any]) -> None:
-    """Widths over the steps; the lines are shifted a little apart so that none hides another."""
-    seen = (np.ravel(layer["bits"]).tolist() for layer in history.values())
-    widths = sorted({8, 16}.union(*seen))
-    for i, (name, layer) in enumerate(history.items()):
-        shift = min(0.35, 5 / len(history)) * (i - (len(history) - 1) / 2)
-        color = _color(i, len(history))
-        axis.plot(_per_step(layer["bits"]) + shift, color=color, label=name, lw=1.6)
-    axis.set(ylabel="width (bits)", yticks=widths, ylim=(min(widths) - 3, max(widths) + 3))
-    axis.set_title("width of each layer's gradient dY, seed 0 (lines shifted apart)", size=11)
+def _draw_bits(axis: Axes, history: dict[str, Changes], steps: int) -> None:
+    """A band per layer, coloured by its width."""
+    bits = np.stack([per_step(kept, steps)[0] for kept in history.values()])
+    widths = sorted({8, 16}.union(bits.ravel().tolist()))
+    colors = [WIDTH_COLORS.get(width, OTHER_WIDTH) for width in widths]
+    options = {"cmap": ListedColormap(colors), "vmin": -0.5, "vmax": len(widths) - 0.5}
+    _draw_bands(axis, np.searchsorted(widths, bits), list(history), steps, **options)
+    axis.set_title("width of each layer's gradient dY, seed 0", size=11)
+    handles = [Patch(color=color, label=f"int{width}") for width, color in zip(widths, colors, strict=True)]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.005, 1.02), handlelength=1, fontsize=9)
 
 
-def _draw_ranges(axis: Axes, history: dict[str, Any]) -> None:
-    for i, layer in enumerate(history.values()):
-        largest = _per_step(layer["exponent"]) + _per_step(layer["bits"]) - 1
-        axis.plot(largest, color=_color(i, len(history)), lw=1)
-    axis.set(xlabel="training step", ylabel="log2 of the range")
-    axis.set_title("range of dY: exponent + bits - 1, seed 0", size=11)
+def _draw_ranges(figure: Figure, axis: Axes, history: dict[str, Changes], steps: int) -> None:
+    values = np.stack([ranges(kept, steps) for kept in history.values()])
+    image = _draw_bands(axis, values, list(history), steps, cmap="viridis")
+    axis.set_title("range of dY (log2 of the largest value it can hold), seed 0", size=11)
+    axis.set(xlabel="training step")
+    figure.colorbar(image, ax=axis, pad=0.01, fraction=0.05, label="log2")
+
+
+def _draw_bands(axis: Axes, values: np.ndarray, names: list[str], steps: int, **options):
+    """An image of a row per layer, the first on top; `values` is (layers, steps)."""
+    window = -(-steps // COLUMNS)
+    padded = np.pad(values, ((0, 0), (0, -steps % window)), mode="edge")
+    columns = padded.reshape(len(names), -1, window).max(2)
+    extent = (0, columns.shape[1] * window, len(names) - 0.5, -0.5)
+    image = axis.imshow(columns, aspect="auto", interpolation="nearest", extent=extent, **options)
+    axis.set_xlim(0, steps)
+    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), NAMED)).round().astype(int))
+    axis.set_yticks(shown, [names[i] for i in shown], size=7)
+    for row in range(1, len(names) if len(names) <= 2 * NAMED else 0):
+        axis.axhline(row - 0.5, color="white", lw=0.8)
+    return image
 
 
 def _draw_curves(axis: Axes, curves: dict[str, Any], curve: str, label: str) -> None:
     """Mean over the seeds, and the seeds' least and greatest value as a band."""
     for precision, style in (("float32", "-"), ("apt", "--")):
         values = np.array(curves[precision][curve], float)  # (seeds, epochs); None reads as NaN
-        epochs, color = np.arange(1, values.shape[1] + 1), COLORS[precision]
+        found, color = curves[precision], COLORS[precision]
+        epochs = found["scored_epochs"] if curve == "scores" else np.arange(1, values.shape[1] + 1)
         axis.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
         line = {"color": color, "marker": "o" if len(epochs) == 1 else None}
         axis.plot(epochs, values.mean(0), style, label=LABELS[precision], **line)
     axis.set(xlabel="epoch", ylabel=label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     name = label.partition(" (")[0]
     axis.set_title(f"{name}: mean and span of {len(values)} seeds", size=11)
     axis.legend()
@@ -88,13 +107,3 @@ def _use_log_scale(axis: Axes) -> None:
     axis.set_yticks([tick for tick in ticks if low <= tick <= high])
     axis.set_yticks([], minor=True)
     axis.yaxis.set_major_formatter("{x:g}")
-
-
-def _per_step(values: list) -> np.ndarray:
-    """(steps,); a layer that holds a precision per slice shows the greatest."""
-    return np.array(values).reshape(len(values), -1).max(1)
-
-
-def _color(i: int, count: int):
-    """Distinct colours for a few layers, a scale from the first to the last for many."""
-    return LAYER_COLORS[i] if count <= len(LAYER_COLORS) else colormaps["viridis"](i / (count - 1))

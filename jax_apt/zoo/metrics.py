@@ -77,6 +77,9 @@ def voc_map(
       threshold: least overlap.
       use_eleven_points: average the precision at recall 0, 0.1 ... 1, as until 2009, in place of the area.
 
+    Written here because pycocotools follows another protocol (101 recall levels, a prediction may take any
+    true box that is free, crowds in place of difficult boxes), and others need a deep-learning framework.
+
     Source: Everingham et al., "The Pascal Visual Object Classes Challenge", 2010, and its 2012 kit.
     """
     if len(predicted) != len(truth):

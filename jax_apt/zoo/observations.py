@@ -8,8 +8,10 @@
 1, 2 and 4 are read from the results of `jax-apt compare`; 3 is a measurement of its own.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +27,7 @@ import jax_apt as apt
 from jax_apt.config import MEASURES
 from jax_apt.qem import measure_error
 from jax_apt.zoo.compare import gradient_shares
+from jax_apt.zoo.figures import WIDTH_COLORS, ranges
 from jax_apt.zoo.precisions import Precision, Settings
 from jax_apt.zoo.steps import make_forward, make_step
 from jax_apt.zoo.trainer import Trainer
@@ -126,27 +129,38 @@ def _layer_gradients(trainer: Trainer) -> Callable:
 
 
 def _score_with_one_gradient(trainer: Trainer, settings: Settings, layer: str, bits: int) -> float:
-    forward = make_forward(trainer.model)
-    rules = [
-        apt.Rule(f"^{layer}$", acts=EXACT, weights=EXACT, grads=bits),
-        apt.Rule("", quantize=False),
-    ]
-    config = apt.Config(steps_per_epoch=trainer.steps_per_epoch, initial_fraction=1.0)
-    q = apt.apt_quantize(forward, rules, config=config, backend=settings.backend)
-    precision = Precision(
-        q.init, q.apply, lambda loss_fn: apt.value_and_grad(loss_fn, q, has_aux=True), lambda _: None
-    )
-    step = jax.jit(make_step(precision, trainer.task.loss, trainer.optimizer), donate_argnums=0)
+    q, step = _step_with_one_gradient(trainer, settings, layer)
     data, key = trainer.task.load(0), jax.random.key(0)
     trained, _ = trainer.start(0, "float32", data)
     example = next(data.batches(settings.batch_size, 0, 0))[0]
     state = q.init(trained.params, trained.model_state, key, example, True)
+    start = state.precision.bits.at[2].set(bits)  # of the one layer's x, w and dy
+    state = replace(state, precision=state.precision._replace(bits=start))
     number = 0
     for epoch in range(settings.epochs):
         for batch in data.batches(settings.batch_size, 0, epoch):
             trained, state, _ = step(trained, state, key, jnp.int32(number), *batch)
             number += 1
+    assert state.precision.bits.tolist() == [EXACT, EXACT, bits]
     return trainer.score("float32", trained, None, data)
+
+
+@functools.cache
+def _step_with_one_gradient(trainer: Trainer, settings: Settings, layer: str) -> tuple[Any, Callable]:
+    """(the function, its training step): a gradient keeps the width that its state starts with.
+
+    No error lies above the threshold, so that no update leaves that width, and one program serves all.
+    """
+    rules = [
+        apt.Rule(f"^{layer}$", acts=EXACT, weights=EXACT, grads=apt.Adaptive(*WIDTHS, EXACT)),
+        apt.Rule("", quantize=False),
+    ]
+    config = apt.Config(steps_per_epoch=trainer.steps_per_epoch, initial_fraction=1.0, threshold=1e9)
+    q = apt.apt_quantize(make_forward(trainer.model), rules, config=config, backend=settings.backend)
+    precision = Precision(
+        q.init, q.apply, lambda loss_fn: apt.value_and_grad(loss_fn, q, has_aux=True), lambda _: None
+    )
+    return q, jax.jit(make_step(precision, trainer.task.loss, trainer.optimizer), donate_argnums=0)
 
 
 # Figures
@@ -156,34 +170,29 @@ def draw_ranges(entry: dict[str, Any], path: pathlib.Path) -> None:
     """Observations 1 and 2 from a network's entry in results.json."""
     figure, (by_layer, over_time) = _figure(2)
     history = entry["history"]
-    ranges = [_ranges(layer) for layer in history.values()]
-    by_layer.boxplot(ranges, whis=(5, 95), showfliers=False)
-    _color_by_width(by_layer, ranges, history)
+    by_step = [ranges(kept, entry["steps"]) for kept in history.values()]
+    by_layer.boxplot(by_step, whis=(5, 95), showfliers=False, medianprops={"lw": 0})
+    _color_by_width(by_layer, by_step, history)
     by_layer.set(xlabel="layer, in order", ylabel="log2 of the range of dY")
     by_layer.set_title("by layer (whiskers: 5 to 95 % of steps)", size=11)
-    ticks = np.unique(np.linspace(1, len(ranges), min(len(ranges), 15)).round().astype(int))
+    ticks = np.unique(np.linspace(1, len(by_step), min(len(by_step), 15)).round().astype(int))
     by_layer.set_xticks(ticks, ticks)
-    changes = np.abs(np.diff(np.array(ranges), axis=1)).mean(0)
+    changes = np.abs(np.diff(np.array(by_step), axis=1)).mean(0)
     window = max(len(changes) // 50, 1)
     usable = len(changes) // window * window
     smooth = changes[:usable].reshape(-1, window).mean(1)
     over_time.step(np.arange(len(smooth)) * window, smooth, where="post")
     over_time.set(xlabel="training step", ylabel="|change of log2 range| per step")
-    over_time.set_title(f"over time (mean over {len(ranges)} layers)", size=11)
+    over_time.set_title(f"over time (mean over {len(by_step)} layers)", size=11)
     figure.suptitle(f"{entry['name']} on {entry['task']}: ranges of gradients, seed 0")
     figure.savefig(path)
 
 
-def _ranges(layer: dict[str, list]) -> np.ndarray:
-    bits, exponent = (np.array(layer[name]) for name in ("bits", "exponent"))
-    return (bits + exponent - 1).reshape(len(bits), -1).max(1)
-
-
-def _color_by_width(axis: Axes, ranges: list[np.ndarray], history: dict[str, Any]) -> None:
+def _color_by_width(axis: Axes, by_step: list[np.ndarray], history: dict[str, Any]) -> None:
     """A point per layer at its median range, coloured by the width that it ended with."""
-    final = np.array([np.max(layer["bits"][-1]) for layer in history.values()])
-    medians = np.array([np.median(r) for r in ranges])
-    for bits, color in ((8, "tab:blue"), (14, "tab:green"), (16, "tab:orange"), (24, "tab:red")):
+    final = np.array([kept["bits"][-1] for kept in history.values()])
+    medians = np.array([np.median(values) for values in by_step])
+    for bits, color in WIDTH_COLORS.items():
         chosen = np.flatnonzero(final == bits)
         if len(chosen):
             axis.plot(chosen + 1, medians[chosen], "o", color=color, label=f"ends at {bits} bits")
@@ -222,14 +231,15 @@ def draw_costs(entries: list[dict[str, Any]], path: pathlib.Path) -> bool:
         for at, values in zip(x, each, strict=True):
             costs.plot([at] * len(values), values, "k.", ms=4)
     costs.set(ylabel="points above float32")
-    costs.set_title("difference from float32 (dots: seeds)", size=11)
-    costs.legend()
+    costs.axhline(0, color="black", lw=0.8)
+    costs.set_title("difference from float32 (bars: mean, dots: seeds)", size=11)
+    figure.legend(loc="outside upper left", ncols=2)
     wide = [100 * (1 - gradient_shares(entry["bits"]).get("8", 0.0)) for entry in entries]
     shares.bar(place, wide, 0.5, color="tab:orange")
     shares.set(ylabel="share of gradients above 8 bits (%)", ylim=(0, 100))
     shares.set_title("where APT leaves 8 bits", size=11)
     for axis in (costs, shares):
-        axis.set_xticks(place, [entry["name"] for entry in entries], rotation=30, ha="right")
+        axis.set_xticks(place, [entry["name"] for entry in entries], rotation=45, ha="right", size=8)
     figure.savefig(path)
     return True
 

@@ -33,8 +33,8 @@ class Settings:
 # Widths of the gradients; None stands for those of the settings.
 GRADIENT_WIDTHS: dict[str, tuple[int, ...] | None] = {
     "apt": None,
-    "apt-14": (8, 14, 16, 24),
     "int8": (8,),
+    "apt-14": (8, 14, 16, 24),
     "int16": (16,),
 }
 PRECISIONS = ("float32", "apt")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -15,13 +16,12 @@ class Runs:
     """The finished runs in a folder that share some settings.
 
     Args:
-      folder: where they are; made if it is not there.
+      folder: where they are; made when the first is saved.
       common: JSON-serializable dictionary of all that the runs share.
     """
 
     def __init__(self, folder: pathlib.Path, common: dict[str, Any]):
         self.folder, self.common = folder, common
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.damaged: list[pathlib.Path] = []  # files that were there and could not be used
 
     def path(self, **which) -> pathlib.Path:
@@ -45,11 +45,23 @@ class Runs:
 
     def save(self, result: Any, **which) -> None:
         """Keeps a JSON-serializable result."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         record = {"key": self._key(which), "digest": _digest(result), "result": result}
         write_whole(self.path(**which), json.dumps(record, allow_nan=False))
 
     def _key(self, which: dict[str, Any]) -> dict[str, Any]:
         return which | {"common": self.common}
+
+
+def read_runs(folder: pathlib.Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(key, result) of every undamaged run in a folder, whatever it depends on."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_bytes())
+            if record["digest"] == _digest(record["result"]):
+                yield record["key"], record["result"]
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

@@ -70,9 +70,18 @@ def make_predictor(precision: Precision, predict: Callable) -> Callable:
     return predictor
 
 
+def make_initializer(model, optimizer: optax.GradientTransformation) -> Callable:
+    """`initialize(key, example)`: what a training starts from, the same at all precisions."""
+
+    def initialize(key: Array, example) -> Trained:
+        model_state = dict(model.init(key, example, train=False))
+        params = model_state.pop("params")
+        return Trained(params, model_state, optimizer.init(params))
+
+    return initialize
+
+
 def start(model, precision: Precision, optimizer, key: Array, example) -> tuple[Trained, Any]:
     """(parameters and the like, precision state); the former depend on the key alone."""
-    model_state = dict(jax.jit(lambda key, example: model.init(key, example, train=False))(key, example))
-    params = model_state.pop("params")
-    state = precision.init(params, model_state, key, example, True)
-    return Trained(params, model_state, optimizer.init(params)), state
+    trained = jax.jit(make_initializer(model, optimizer))(key, example)
+    return trained, precision.init(trained.params, trained.model_state, key, example, True)

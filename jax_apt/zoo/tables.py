@@ -72,35 +72,86 @@ def summary_lines(entries: list[dict[str, Any]]) -> list[str]:
     if len(entries) < 2:
         return []
     return [
-        f"{LABELS[name]} - float32, mean over {len(entries)} networks: {format_difference(difference)} points"
-        for name, difference in overall(entries).items()
+        f"{LABELS[name]} - float32, mean over {each['networks']} networks: {format_difference(each)} points"
+        for name, each in overall(entries).items()
     ]
 
 
-def markdown(entries: list[dict[str, Any]], command: str, environment: dict[str, Any]) -> str:
-    """The results as a Markdown table, with the command and the machine that made them."""
+def markdown(entries: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table, one row per network, with what is behind each row."""
     widths = sorted({w for entry in entries for w in gradient_shares(entry["bits"])}, key=int)
-    others = [LABELS[name] for name in entries[0]["others"]]
-    head = ["network", "task", "metric", "float32", "APT", "APT - float32 [95 % CI]"]
-    head += [f"dY at int{width}" for width in widths] + ["update every", "step, float32 / APT"]
-    head += [f"{label} - float32" for label in others]
-    rows = [_markdown_row(entry, widths) for entry in entries]
+    others = [p for p in LABELS if any(p in entry["others"] for entry in entries)]
+    head = ["network", "task (score)", "pairs", "float32 [spread]", "APT", "APT - float32 [95 % CI]", "least"]
+    head += ["within"] + [f"dY at int{width}" for width in widths] + ["update every", "step, APT : float32"]
+    head += [f"{LABELS[name]} - float32" for name in others]
+    rows = [_markdown_row(entry, widths, others) for entry in entries]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    seeds = len(entries[0]["seeds"]["apt"])
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    about = f"`{command}`; {seeds} paired seeds; {environment['cpu']}, {environment['cores']} cores"
-    notes = ["", *(f"- {line}" for line in summary_lines(entries)), f"- {about}; {versions}"]
-    return "\n".join([*lines, *notes]) + "\n"
+    return "\n".join([*lines, "", *(f"- {line}" for line in summary_lines(entries))]) + "\n"
 
 
-def _markdown_row(entry: dict[str, Any], widths: list[str]) -> list[str]:
-    shares, step = gradient_shares(entry["bits"]), entry["step_ms"]
-    scores = [f"{entry[p]:.2f}" for p in ("float32", "apt")]
-    cells = [entry["name"], entry["task"], entry["metric"], *scores, format_difference(entry["difference"])]
+def _markdown_row(entry: dict[str, Any], widths: list[str], others: list[str]) -> list[str]:
+    shares, difference = gradient_shares(entry["bits"]), entry["difference"]
+    cells = [entry["name"], f"{entry['task']} ({entry['metric']})", str(len(difference["each"]))]
+    cells += [f"{entry['float32']:.2f} [{_spread(entry)}]", f"{entry['apt']:.2f}"]
+    cells += [format_difference(difference), f"{min(difference['each']):+.2f}", describe_verdict(entry)]
     cells += [_percent(shares.get(width)) for width in widths]
-    cells += [f"{gradient_interval(entry['bits']):.1f} steps"]
-    cells += [f"{step['float32']['median']:.1f} / {step['apt']['median']:.1f} ms"]
-    return cells + [format_difference(other["difference"]) for other in entry["others"].values()]
+    cells += [f"{gradient_interval(entry['bits']):.1f} steps", _step_ratio(entry["step_ms"])]
+    return cells + [_markdown_other(entry["others"].get(name)) for name in others]
+
+
+def _spread(entry: dict[str, Any]) -> str:
+    return f"{entry['float32_spread']:.2f}" if len(entry["seeds"]["float32"]) > 1 else "-"
+
+
+def describe_origin(command: str, environment: dict[str, Any]) -> str:
+    """A line on the command, the machine and the versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    machine = f"{environment['cpu']}, {environment['cores']} cores, {environment['isa']}"
+    return f"- `{command}`; {machine}; {versions}; code {environment['jax_apt']['digest']}\n"
+
+
+def describe_origins(entries: list[dict[str, Any]]) -> str:
+    """A line for each machine and version that runs of finished entries come from."""
+    lines = [describe_origin("jax-apt compare", entry["origin"]["environment"]) for entry in entries]
+    return "".join(dict.fromkeys(lines))
+
+
+def _step_ratio(times: dict[str, Any]) -> str:
+    """Of medians that were timed in turn in one process."""
+    return f"{times['apt']['median'] / times['float32']['median']:.2f}" if times else "-"
+
+
+def _markdown_other(other: dict[str, Any] | None) -> str:
+    if other is None:
+        return "-"
+    return f"{format_difference(other['difference'])} ({len(other['difference']['each'])})"
+
+
+PAPER_RANGE = (-1.40, 1.3)  # points; of the paper's networks
+
+
+def describe_verdict(entry: dict[str, Any]) -> str:
+    """Where the mean difference lies: in the paper's range, or within the span of float32's own seeds."""
+    low, high = PAPER_RANGE
+    if low <= entry["difference"]["mean"] <= high:
+        return "paper's range"
+    is_within = abs(entry["difference"]["mean"]) <= entry["float32_spread"]
+    return "float32's spread" if is_within else "neither"
+
+
+MARKS = ("<!-- networks -->", "<!-- end of networks -->")
+
+
+def put(table: str, text: str) -> str:
+    """The text with what lies between its two marks replaced.
+
+    Raises:
+      ValueError: the marks are not there, each once.
+    """
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must have the marks {begin} and {end}, in this order, once each")
+    return text[: text.index(begin) + len(begin)] + f"\n\n{table}\n" + text[text.index(end) :]
 
 
 def _unit(metric: str) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jax_apt as apt
+from jax_apt.zoo.history import gradient_history
 from jax_apt.zoo.networks import NETWORKS
 from jax_apt.zoo.precisions import (
     ALL_PRECISIONS,
@@ -22,21 +22,24 @@ from jax_apt.zoo.precisions import (
     adaptive_config,
     make_precision,
 )
-from jax_apt.zoo.steps import Trained, make_forward, make_predictor, make_step, start
+from jax_apt.zoo.steps import Trained, make_forward, make_initializer, make_predictor, make_step
 from jax_apt.zoo.tasks import TASKS, Dataset
 from jax_apt.zoo.tasks.task import take
 
 EVALUATED = 256  # test examples that are predicted at once
+CURVE_POINTS = 6  # scores in a training: those of translations take as long as an epoch
 
 
 class Trainer:
-    """A network on a task, with one compiled step per precision for all seeds."""
+    """A network on a task: its initialization and a step per precision are compiled once for all seeds."""
 
     def __init__(self, network: str, settings: Settings):
         self.settings, self.task = settings, TASKS[settings.task]
         self.steps_per_epoch = count_steps(settings)
         self.model = NETWORKS[network].small(self.task.outputs)
         self.optimizer = optax.adam(schedule(settings, self.steps_per_epoch))
+        self.initialize = jax.jit(make_initializer(self.model, self.optimizer))
+        self.initial_states: dict[str, Any] = {}  # by precision; a function of shapes alone
         forward = make_forward(self.model)
         self.precisions = {
             name: make_precision(name, forward, settings, self.steps_per_epoch) for name in ALL_PRECISIONS
@@ -55,17 +58,23 @@ class Trainer:
         """(parameters and the like, precision state); the former depend on the seed alone."""
         example = take(data.test_inputs, np.arange(self.settings.batch_size) % EVALUATED)
         key = jax.random.key(seed)
-        return start(self.model, self.precisions[precision], self.optimizer, key, example)
+        trained = self.initialize(key, example)
+        if precision not in self.initial_states:
+            arguments = trained.params, trained.model_state, key, example, True
+            self.initial_states[precision] = self.precisions[precision].init(*arguments)
+        return trained, self.initial_states[precision]
 
     def run(self, seed: int, precision: str, on_step: Callable[[], None]) -> dict[str, Any]:
         """Trains from scratch.
 
         Returns:
-          "score" in points after the last epoch, "scores" and mean training "losses" by epoch (None
-          where not finite), and in fixed point the "report" and the "history" of the gradients' formats.
+          "score" in points after the last epoch, "scores" after the "scored_epochs", mean training "losses"
+          by epoch (None where not finite), and in fixed point the "report" and the "history" of the
+          gradients' formats.
         """
         data, key = self.task.load(seed), jax.random.key(seed)
         trained, state = self.start(seed, precision, data)
+        scored_epochs = _scored_epochs(self.settings.epochs)
         scores, losses, states = [], [], []
         for epoch in range(self.settings.epochs):
             epoch_losses = []
@@ -76,10 +85,12 @@ class Trainer:
                 states.append(state)
                 on_step()
             losses.append(float(np.mean(jax.device_get(epoch_losses))))
-            scores.append(self.score(precision, trained, state, data))
-        result = {"score": scores[-1], "scores": scores, "losses": list(map(_finite, losses))}
+            if epoch + 1 in scored_epochs:
+                scores.append(self.score(precision, trained, state, data))
+        curves = {"scored_epochs": scored_epochs, "scores": scores, "losses": list(map(_finite, losses))}
+        result = {"score": scores[-1], "steps": len(states), **curves}
         report = self.precisions[precision].report(state)
-        return result if report is None else result | {"report": report, "history": history(states)}
+        return result if report is None else result | {"report": report, "history": gradient_history(states)}
 
     def score(self, precision: str, trained: Trained, state, data: Dataset) -> float:
         """The task's metric over the whole test set, in points."""
@@ -155,17 +166,9 @@ def describe_config(settings: Settings) -> dict[str, Any]:
     return asdict(config) | {"initial_steps": config.initial_steps}
 
 
-def history(states: list[apt.AptState]) -> dict[str, dict[str, list[int]]]:
-    """Bits and exponent of each layer's output gradient after every step."""
-
-    def gradient_formats(state):
-        tensors = {name: state[name]["dy"] for name in state.layout.names()}
-        return {name: {"bits": t.bits, "exponent": t.exponent} for name, t in tensors.items()}
-
-    stacked = jax.tree.map(lambda *values: np.stack(values), *states)
-    formats = jax.vmap(gradient_formats)(stacked)
-    formats = jax.tree.map(lambda values: np.asarray(values).tolist(), formats)
-    return {name: formats[name] for name in states[0].layout.names()}  # as in the network
+def _scored_epochs(epochs: int) -> list[int]:
+    """Counted from 1; the last one is among them."""
+    return np.unique(np.linspace(0, epochs, CURVE_POINTS + 1).round().astype(int))[1:].tolist()
 
 
 def _finite(value: float) -> float | None:

@@ -88,7 +88,7 @@ DETECTION = Task(
     kind="detection",
     metric="VOC mAP",
     networks=("ssd300",),
-    recipe=Recipe(epochs=15, batch_size=32, learning_rate=3e-3, warmup=0.05),
+    recipe=Recipe(epochs=20, batch_size=32, learning_rate=1e-3, warmup=0.05),
     load=load,
     outputs=CLASSES,
     loss=partial(multibox_loss, default_boxes.SMALL),

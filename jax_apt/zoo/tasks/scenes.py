@@ -1,6 +1,6 @@
 """Scenes drawn from real pen strokes: scikit-learn's digits, turned, sheared, scaled, coloured, cluttered.
 
-All scenes of a batch are drawn at once. A training epoch draws scenes around each training digit; test
+All scenes of a batch are drawn at once. A training epoch draws one scene around each training digit; test
 scenes use test digits alone.
 """
 
@@ -17,7 +17,6 @@ Rng = np.random.Generator
 STROKE = 8  # pixels along a side of a stored digit
 CONTRAST = 0.5  # least distance of a digit's colour from the background's, in some channel
 DARK = 0.4  # brightest background; strokes of both polarities need far longer training
-EPOCH_COPIES = 3  # scenes around each training digit in an epoch
 OPAQUE = 0.3  # share of ink at which a pixel belongs to the digit
 
 
@@ -81,7 +80,6 @@ def load(seed: int, style: Style, copies: int, as_example: Callable) -> Dataset:
     def augment(strokes, labels, rng):
         return as_example(draw(strokes, labels, style, rng), labels)
 
-    train, train_labels = (np.concatenate([array] * EPOCH_COPIES) for array in (train, train_labels))
     test, test_labels = (np.concatenate([array] * copies) for array in (test, test_labels))
     inputs, labels = augment(test, test_labels, np.random.default_rng(0))
     return Dataset(train, train_labels, inputs, labels, augment, is_augmented_by_batch=True)

@@ -17,7 +17,7 @@ class Recipe:
     batch_size: int
     learning_rate: float  # of Adam; it falls to 0 along a cosine
     warmup: float = 0.0  # part of the training in which the learning rate rises to that
-    timed_pairs: int = 20  # steps of each precision that are timed
+    timed_pairs: int = 10  # steps of each precision that are timed
 
 
 @dataclass(frozen=True)
