@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from jax_apt import _jax_versions as versions
@@ -67,7 +68,7 @@ def freeze(q: AptFunction, variables: Any, state: AptState, *args, **kwargs) -> 
     """
     _check_function(q, "freeze(q, variables, state, ...)")
     check_state(state, "freeze(q, variables, state, ...)")
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, state))):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((variables, state))):
         raise TypeError("freeze looks at the values of variables and state: call it outside of jax.jit")
     traced = _trace(_forward_only(q), variables, args, kwargs)
     check_same_layers(state, traced.layout)
@@ -184,7 +185,7 @@ def apply_frozen(q: AptFunction, frozen: Frozen, *args, **kwargs) -> Any:
     weights = [_weight(leaf, info) for leaf, info in pairs if info is not None]
     inputs = [*weights, *traced.inputs[len(weights) :]]
     replayer = _replayer(q, frozen.layout, traced.layout.layers)
-    sites: Sites = {layer.name: (frozen.formats[layer.name], None) for layer in traced.layout.layers}
+    sites = cast(Sites, {x.name: (frozen.formats[x.name], None) for x in traced.layout.layers})
     return jax.tree.unflatten(traced.out_tree, replayer.replay(traced.plan, inputs, sites))
 
 

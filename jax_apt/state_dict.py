@@ -141,10 +141,15 @@ class _Saved:
     rows: dict[str, dict[str, np.ndarray]]  # name -> field of TensorPrecision -> its rows
 
 
+def _as_layer(identity: dict[str, Any]) -> Layer:
+    known = {name: as_tuples(value) for name, value in identity.items()}
+    return Layer(**known, backend="", reason="", rule=None)
+
+
 def _read(saved: Mapping[str, Any]) -> _Saved:
     check_version(saved, {"step", "precision"}, "precision state", "init()")
     layers = from_bytes(saved["layers"])
-    layout = Layout(tuple(Layer(*map(as_tuples, layer.values()), "", "", None) for layer in layers))
+    layout = Layout(tuple(_as_layer(layer) for layer in layers))
     fields = saved.get("precision", {}) if layers else {}
     if layers and set(fields) != set(TensorPrecision._fields):
         raise ValueError(

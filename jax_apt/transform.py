@@ -122,7 +122,7 @@ class AptFunction:
     fn: Callable
     rules: tuple[Rule, ...]
     config: Config
-    backend: str
+    backend: Backend
     replace_slow: bool = True
 
     def init(self, variables: Any, *args, **kwargs) -> AptState:

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 import jax_apt as apt
-from jax_apt import xla_ops
 from jax_apt.zoo.networks import NETWORKS, resnet, ssd, transformer, vgg
 from jax_apt.zoo.networks.deeplab import DeepLab
 from jax_apt.zoo.networks.seq2seq import Seq2Seq
@@ -19,7 +18,6 @@ from jax_apt.zoo.trainer import schedule, settings_for
 
 pytestmark = pytest.mark.usefixtures("promotion_as_users_have_it", "quick_compilation")
 
-BACKEND = "native" if xla_ops.is_available() else "xla"  # the one that compiles faster
 BATCH = 8
 TOKENS = np.random.default_rng(0).integers(3, 70, (BATCH, 6)).astype(np.int32)
 GEOMETRY = default_boxes.Geometry((8, 4), (0.3, 0.5, 0.8), ((2,), (2,)))
