@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import planes_of
-from test_xla_ops import (
+from kernel_oracles import (
     Guarded,
     check,
     convolution,

@@ -3,32 +3,38 @@
 import ctypes
 import importlib.metadata
 import itertools
-import mmap
 import os
 import pathlib
 import subprocess
 import sys
-import threading
 
 import helpers
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import planes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import lax
+from kernel_oracles import (
+    CONVOLUTIONS,
+    ISAS,
+    KINDS,
+    WIDTHS,
+    Guarded,
+    address,
+    check,
+    convolution,
+    draw_operands,
+    each_isa,
+    each_kind,
+    matrices,
+    operand_shapes,
+    oracle,
+    product_on_buffers,
+    quantize_oracle,
+    sums_oracle,
+)
 
 from jax_apt import xla_ops
-from jax_apt.xla_ops import Geometry
-
-ISAS = xla_ops.available_isas() if xla_ops.is_available() else ("none",)
-KINDS = {"forward": "xwy", "input_gradient": "ywx", "filter_gradient": "xyw"}  # lhs, rhs, result
-WIDTHS = (2, 8, 9, 14, 16, 24)
-
-each_isa = pytest.mark.parametrize("isa", ISAS)
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -36,120 +42,6 @@ def library(request):
     """Skips with the reason where the library was deliberately not built."""
     if request.function is not test_a_normal_installation_has_the_library and not xla_ops.is_available():
         pytest.skip(xla_ops.unavailable_reason())
-
-
-# Oracles
-
-
-def quantize_oracle(x, bits, exponent):
-    """Codes by float64 arithmetic, which holds every float32 quotient by a power of two exactly."""
-    largest = 2 ** (bits - 1) - 1
-    return np.clip(np.rint(np.ldexp(x.astype(np.float64), -exponent)), -largest, largest).astype(np.int64)
-
-
-def sums_oracle(kind, geometry, lhs, rhs):
-    """The product in int64: a loop over taps and groups, each a small product over what the tap meets."""
-    shapes = geometry.shapes()
-    t = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
-    first, second, result = KINDS[kind]
-    t[first], t[second] = lhs.astype(np.int64), rhs.astype(np.int64)
-    inner, features = shapes["w"][4], geometry.out_channels // geometry.groups
-    for tap in itertools.product(*map(range, geometry.window)):
-        meets = [_meeting(geometry, d, tap[d]) for d in range(3)]
-        space_x, space_y = ([m[i] for m in meets] for i in range(2))
-        at_x, at_y = ((slice(None), slice(None), *np.ix_(*space)) for space in (space_x, space_y))
-        for group in range(geometry.groups):
-            c, f = slice(group * inner, (group + 1) * inner), slice(group * features, (group + 1) * features)
-            w = t["w"][(slice(None), *tap)][..., f]
-            x, y = t["x"][at_x][..., c], t["y"][at_y][..., f]
-            if result == "y":
-                t["y"][(*at_y, f)] += np.einsum("mnzyxc,mcf->mnzyxf", x, w)
-            elif result == "x":
-                t["x"][(*at_x, c)] += np.einsum("mnzyxf,mcf->mnzyxc", y, w)
-            else:
-                w += np.einsum("mnzyxc,mnzyxf->mcf", x, y)
-    return t[result]
-
-
-def _meeting(geometry, d, tap):
-    """Input and output positions of one dimension that meet at a tap."""
-    outputs = np.arange(geometry.outputs[d])
-    inputs = outputs * geometry.stride[d] + tap * geometry.dilation[d] - geometry.pad[d]
-    is_inside = (inputs >= 0) & (inputs < geometry.inputs[d])
-    return inputs[is_inside], outputs[is_inside]
-
-
-def oracle(kind, geometry, lhs, rhs, formats):
-    """float32 of the exact sums, then the scale."""
-    with np.errstate(over="ignore", under="ignore"):
-        sums = sums_oracle(kind, geometry, lhs, rhs).astype(np.float32)
-        return np.ldexp(sums, int(formats[1]) + int(formats[3]))
-
-
-# Callers
-
-
-def address(array):
-    return array.ctypes.data_as(ctypes.c_void_p)
-
-
-def operand_shapes(kind, geometry):
-    shapes = geometry.shapes()
-    return [shapes[name] for name in KINDS[kind]]
-
-
-def product_on_buffers(isa, kind, geometry, lhs, rhs, formats, out=None):
-    """The kernels on plain memory: limb planes at any address, no XLA."""
-    out = np.full(operand_shapes(kind, geometry)[2], 7, np.float32) if out is None else out
-    call = xla_ops._library().jax_apt_product_on_buffers
-    call.restype = ctypes.c_char_p
-    numbers, formats = geometry.numbers(), np.array(formats, np.int32)
-    error = call(
-        isa.encode(),
-        list(KINDS).index(kind),
-        *map(address, (numbers, lhs, rhs, formats, out)),
-    )
-    assert error is None, error
-    return out
-
-
-def check(isa, kind, geometry, lhs, rhs, formats):
-    """Compares a product of codes with the oracle."""
-    planes = planes_of(lhs, formats[0]), planes_of(rhs, formats[2])
-    out = product_on_buffers(isa, kind, geometry, *planes, formats)
-    np.testing.assert_array_equal(out, oracle(kind, geometry, lhs, rhs, formats))
-
-
-def draw_codes(rng, shape, bits):
-    return helpers.codes(rng, shape, bits, rng.choice(["random", "extreme", "largest"]))
-
-
-def draw_operands(rng, kind, geometry, lhs_bits, rhs_bits):
-    lhs, rhs, _ = operand_shapes(kind, geometry)
-    return draw_codes(rng, lhs, lhs_bits), draw_codes(rng, rhs, rhs_bits)
-
-
-def convolution(
-    inputs, channels, features, window, *, batch=1, matrices=1, groups=1, outputs=None, **changes
-):
-    """Geometry of a convolution; sizes of up to three dimensions, filled up in front."""
-
-    def three(values, fill):
-        values = (values,) if isinstance(values, int) else tuple(values)
-        return (fill,) * (3 - len(values)) + values
-
-    inputs, window = three(inputs, 1), three(window, 1)
-    stride, dilation = three(changes.get("stride", 1), 1), three(changes.get("dilation", 1), 1)
-    low, high = three(changes.get("pad", 0), 0), three(changes.get("pad_after", changes.get("pad", 0)), 0)
-    dims = zip(inputs, low, high, window, dilation, stride, strict=True)
-    outputs = [max(0, (n + a + b - (k - 1) * d - 1) // s + 1) for n, a, b, k, d, s in dims]
-    return Geometry(
-        matrices, batch, inputs, three(outputs, 1), window, stride, low, dilation, groups, channels, features
-    )
-
-
-def matrices(m, k, n, count=1):
-    return convolution(m, k, n, 1, matrices=count)
 
 
 # The library
@@ -221,29 +113,6 @@ MATRICES = (  # M, K, N: ones, primes, blocks and their neighbours
     (3, 257, 5), (2, 513, 3), (5, 1025, 34), (2, 5, 515), (32, 128, 64), (48, 192, 40), (0, 3, 4), (3, 0, 4),
     (3, 4, 0), (0, 0, 0),
 )  # fmt: skip
-
-CONVOLUTIONS = {
-    "1d": convolution(9, 3, 4, 3, batch=2),
-    "same": convolution((7, 6), 5, 6, (3, 3), pad=(1, 1), batch=2),
-    "lines": convolution((9, 9), 64, 32, (3, 3), pad=(1, 1), batch=2),
-    "stem": convolution((17, 18), 3, 8, (7, 7), pad=(3, 3), stride=(2, 2)),
-    "stride": convolution((7, 8), 3, 5, (3, 2), stride=(2, 3), pad=(1, 0), pad_after=(1, 2), batch=3),
-    "stride_beyond_window": convolution((9, 9), 4, 3, (1, 2), stride=(3, 3), batch=2),
-    "dilation": convolution((11, 10), 2, 3, (3, 3), dilation=(2, 3), pad=(2, 3)),
-    "stride_and_dilation": convolution((13, 12), 4, 6, (3, 2), stride=(2, 3), dilation=(3, 2), pad=(2, 1)),
-    "crop": convolution((6, 6), 2, 3, (2, 2), pad=(-1, 0), pad_after=(1, -2), batch=2),
-    "crop_and_stride": convolution((9, 8), 2, 3, (3, 2), pad=(-2, -3), stride=(2, 2)),
-    "groups": convolution((5, 5), 6, 4, (3, 3), groups=2, pad=(1, 1), batch=2),
-    "depthwise": convolution((6, 5), 35, 70, (3, 3), groups=35, pad=(1, 1), stride=(2, 1)),
-    "depthwise_alone": convolution((6, 7), 70, 70, (3, 3), groups=70, pad=(1, 1), batch=2),
-    "depthwise_stride": convolution(
-        (9, 8), 64, 64, (3, 2), groups=64, pad=(2, -1), stride=(2, 3), dilation=(1, 2), batch=2
-    ),
-    "depthwise_3d": convolution((4, 3, 5), 3, 3, (2, 2, 3), groups=3, pad=(1, 0, 1), stride=(1, 2, 1)),
-    "3d": convolution((4, 3, 5), 2, 3, (2, 1, 3), pad=(1, 0, 1), batch=2),
-    "nothing_left": convolution((2, 2), 3, 4, (3, 3), batch=2),
-    "unequal_padding": convolution((5, 7), 3, 2, (4, 4), pad=(0, 3), pad_after=(3, 0)),
-}
 
 
 @each_isa
@@ -435,29 +304,6 @@ def test_values_that_are_not_finite_are_marked_and_counted(isa, bits, size):
 # Memory
 
 
-class Guarded:
-    """Arrays that end, or begin, where inaccessible memory does."""
-
-    _libc = ctypes.CDLL(None, use_errno=True)
-    _NO_ACCESS = 0  # PROT_NONE
-
-    def __init__(self, size, at_end):
-        page = mmap.PAGESIZE
-        self.inner = -(-max(size, 1) // page) * page
-        self.memory = mmap.mmap(-1, self.inner + 2 * page)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        for guard in (base, base + page + self.inner):
-            assert self._libc.mprotect(ctypes.c_void_p(guard), page, self._NO_ACCESS) == 0
-        self.offset = page + (self.inner - size if at_end else 0)
-
-    @classmethod
-    def like(cls, values, at_end):
-        guarded = cls(values.nbytes, at_end)
-        array = np.frombuffer(guarded.memory, values.dtype, values.size, guarded.offset).reshape(values.shape)
-        array[...] = values
-        return array
-
-
 @each_isa
 @each_kind
 @pytest.mark.parametrize("at_end", (True, False))
@@ -485,249 +331,3 @@ def test_quantization_stays_within_its_buffers(isa, at_end):
         call = xla_ops._library().jax_apt_quantize_on_buffers
         call(isa.encode(), address(x), ctypes.c_int64(size), bits, 1 - bits, address(planes))
         np.testing.assert_array_equal(planes, planes_of(quantize_oracle(x, bits, 1 - bits), bits))
-
-
-# Under JAX
-
-
-def int32(*values):
-    return jnp.array(values, jnp.int32)
-
-
-def jax_operands(rng, kind, geometry, bits):
-    lhs, rhs = draw_operands(rng, kind, geometry, *bits)
-    return (lhs, rhs), (jnp.asarray(planes_of(lhs, bits[0])), jnp.asarray(planes_of(rhs, bits[1])))
-
-
-@each_isa
-@each_kind
-@pytest.mark.parametrize("bits", ((8, 8), (16, 8), (24, 16)))
-def test_product_under_jit(isa, kind, bits):
-    geometry = convolution((6, 7), 5, 9, (3, 2), stride=(2, 1), pad=(1, 1), batch=2)
-    codes, planes = jax_operands(np.random.default_rng(8), kind, geometry, bits)
-    formats = (bits[0], -9, bits[1], -8)
-    out = jax.jit(lambda x, y, f: xla_ops.product(kind, geometry, x, y, f, isa=isa))(*planes, int32(*formats))
-    assert out.dtype == jnp.float32
-    np.testing.assert_array_equal(out, oracle(kind, geometry, *codes, formats))
-
-
-@each_kind
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        matrices(401, 390, 403),  # one product, split among the threads
-        matrices(130, 2100, 180, count=3),  # products that are split, one after the other
-        matrices(33, 65, 31, count=800),  # small products, each on one thread
-        matrices(1, 9, 1, count=1000),
-        matrices(1, 40000, 50, count=2),
-        convolution((30, 31), 33, 70, (3, 3), batch=3, pad=(1, 1)),
-    ],
-    ids=lambda g: "x".join(map(str, (g.matrices, g.inputs[2], g.in_channels, g.out_channels))),
-)
-@pytest.mark.parametrize("bits", ((8, 8), (16, 8), (8, 16)))
-def test_large_products_and_batches_use_threads_and_agree(kind, geometry, bits):
-    codes, planes = jax_operands(np.random.default_rng(9), kind, geometry, bits)
-    formats = (bits[0], 0, bits[1], 0)
-    out = xla_ops.product(kind, geometry, *planes, int32(*formats))
-    np.testing.assert_array_equal(out, oracle(kind, geometry, *codes, formats))
-
-
-@pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (1, 2, 0)])
-def test_vmap(in_axes):
-    rng, geometry, count = np.random.default_rng(11), matrices(4, 6, 5), 3
-    formats = np.array([(8, -3, 16, 2), (5, 0, 9, -4), (7, 1, 15, 1)])
-    if in_axes[2] is None:
-        formats[:] = formats[0]
-    codes = [
-        [draw_codes(rng, shape, 5) for _ in range(count)] for shape in operand_shapes("forward", geometry)[:2]
-    ]
-    codes = [c if axis is not None else [c[0]] * count for c, axis in zip(codes, in_axes, strict=False)]
-    args = []
-    for side, axis in enumerate(in_axes[:2]):
-        each = [planes_of(c, f[2 * side], 2) for c, f in zip(codes[side], formats, strict=True)]
-        if in_axes[2] == 0 and axis is None:  # one tensor for all formats: one width
-            formats[:, 2 * side] = 8
-            each = [planes_of(codes[side][0], 8, 2)] * count
-        args.append(jnp.asarray(each[0] if axis is None else np.moveaxis(np.stack(each), 0, axis)))
-    args.append(jnp.asarray(formats[0] if in_axes[2] is None else formats, jnp.int32))
-    out = jax.vmap(lambda x, y, f: xla_ops.product("forward", geometry, x, y, f), in_axes)(*args)
-    for i in range(count):
-        expected = oracle("forward", geometry, codes[0][i], codes[1][i], formats[i])
-        np.testing.assert_array_equal(out[i], expected)
-
-
-def test_vmapped_quantization():
-    rng = np.random.default_rng(12)
-    x = rng.normal(size=(3, 40, 7)).astype(np.float32)
-    x[1, 2, 3] = np.nan
-    bits, exponents = int32(8, 16, 24), int32(-5, -12, -21)
-    planes, nonfinite = jax.vmap(lambda *a: xla_ops.quantize(*a, limbs=3))(x, bits, exponents)
-    np.testing.assert_array_equal(nonfinite, [0, 1, 0])
-    for i in range(3):
-        n, e = int(bits[i]), int(exponents[i])
-        expected = planes_of(quantize_oracle(np.nan_to_num(x[i]), n, e), n)
-        expected = np.where(np.isnan(x[i]), 0, expected)
-        np.testing.assert_array_equal(planes[i, : len(expected)], expected)
-
-
-def test_widths_change_without_recompilation():
-    rng, geometry = np.random.default_rng(12), matrices(9, 40, 8)
-    traces = []
-
-    @jax.jit
-    def product(x, y, formats):
-        traces.append(1)
-        (x, _), (y, _) = (
-            xla_ops.quantize(v, formats[i], formats[i + 1], limbs=3) for v, i in ((x, 0), (y, 2))
-        )
-        return xla_ops.product("forward", geometry, x, y, formats)
-
-    lhs, rhs, _ = operand_shapes("forward", geometry)
-    x, y = rng.normal(size=lhs).astype(np.float32), rng.normal(size=rhs).astype(np.float32)
-    for bits in itertools.product((8, 14, 16, 24), repeat=2):
-        formats = (bits[0], 3 - bits[0], bits[1], 3 - bits[1])
-        codes = quantize_oracle(x, *formats[:2]), quantize_oracle(y, *formats[2:])
-        out = product(x, y, int32(*formats))
-        np.testing.assert_array_equal(out, oracle("forward", geometry, *codes, formats))
-    assert len(traces) == 1
-
-
-def test_scan_and_remat():
-    geometry = matrices(6, 30, 7)
-    codes, (x, y) = jax_operands(np.random.default_rng(13), "forward", geometry, (8, 8))
-    formats = [(8, e, 8, -e - i) for i, e in enumerate((-3, 0, 5))]
-
-    @jax.jit
-    def products(formats):
-        def step(carry, f):
-            return carry, jax.checkpoint(lambda f: xla_ops.product("forward", geometry, x, y, f))(f)
-
-        return lax.scan(step, 0, formats)[1]
-
-    out = products(jnp.array(formats, jnp.int32))
-    for i, f in enumerate(formats):
-        np.testing.assert_array_equal(out[i], oracle("forward", geometry, *codes, f))
-
-
-def test_threads_may_call_at_once():
-    geometry = convolution((17, 19), 33, 70, (3, 3), batch=5, pad=(1, 1))
-    codes, (x, y) = jax_operands(np.random.default_rng(14), "forward", geometry, (8, 16))
-    expected = oracle("forward", geometry, *codes, (8, 0, 16, 0))
-    product = jax.jit(
-        lambda x, y, f: [
-            xla_ops.product("forward", geometry, a, y, f) for a in (x, lax.optimization_barrier(x))
-        ]
-    )
-    product(x, y, int32(8, 0, 16, 0))
-    wrong = []
-
-    def call():
-        for _ in range(20):
-            for out in product(x, y, int32(8, 0, 16, 0)):
-                if not np.array_equal(out, expected):
-                    wrong.append(out)
-
-    threads = [threading.Thread(target=call) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-# Errors
-
-
-G = matrices(2, 3, 5)
-X, W = jnp.full((1, *G.shapes()["x"]), 128, jnp.uint8), jnp.full((1, *G.shapes()["w"]), 128, jnp.uint8)
-
-
-@pytest.mark.parametrize(
-    "kind, lhs, rhs, formats, error, message",
-    [
-        ("forward", X, X, (8, 0, 8, 0), ValueError, r"rhs has planes of shape .* not \(1, 1, 1, 1, 3, 5\)"),
-        ("forward", W, W, (8, 0, 8, 0), ValueError, r"lhs has planes of shape"),
-        ("backward", X, W, (8, 0, 8, 0), ValueError, "kind must be one of forward, .*; got 'backward'"),
-        (
-            "forward",
-            X.astype(jnp.int8),
-            W,
-            (8, 0, 8, 0),
-            TypeError,
-            "lhs must be uint8 .* got int8",
-        ),
-        ("forward", X, W, (8, 0, 8), TypeError, r"formats must be int32 \(4,\), got int32 \(3,\)"),
-        ("forward", X, W, (8.0, 0, 8, 0), TypeError, r"got float32 \(4,\)"),
-    ],
-)
-def test_operands_that_do_not_fit(kind, lhs, rhs, formats, error, message):
-    with pytest.raises(error, match=message):
-        xla_ops.product(kind, G, lhs, rhs, jnp.array(formats))
-
-
-def test_isa_that_cannot_run():
-    with pytest.raises(ValueError, match=r"isa must be auto or one of .*scalar; got 'sse9'"):
-        xla_ops.product("forward", G, X, W, int32(8, 0, 8, 0), isa="sse9")
-
-
-@pytest.mark.parametrize(
-    "limbs, dtype, error, message",
-    [
-        (4, jnp.float32, ValueError, "limbs must be 1, 2 or 3, got 4"),
-        (1, jnp.float16, TypeError, "x must be float32, got float16"),
-    ],
-)
-def test_quantization_that_cannot_be(limbs, dtype, error, message):
-    with pytest.raises(error, match=message):
-        xla_ops.quantize(jnp.zeros(3, dtype), 8, 0, limbs=limbs)
-
-
-@pytest.mark.parametrize(
-    "formats, depth, message",
-    [
-        ((1, 0, 8, 0), 3, "bits must be in 2..24, got 1"),
-        ((8, 0, 25, 0), 3, "bits must be in 2..24, got 25"),
-        ((8, 127, 8, 0), 3, "exponent must be in -126..126, got 127"),
-        ((8, 0, 8, -127), 3, "exponent must be in -126..126, got -127"),
-        ((16, 0, 8, 0), 3, "16 x 8 bits need more planes than the operands have"),
-        ((24, 0, 24, 0), 65537, "at most 62, got 63"),
-    ],
-)
-def test_formats_that_cannot_run(formats, depth, message):
-    geometry = matrices(1, depth, 1)
-    limbs = 3 if depth > 3 else 1
-    x = jnp.full((limbs, *geometry.shapes()["x"]), 128, jnp.uint8)
-    w = jnp.full((limbs, *geometry.shapes()["w"]), 128, jnp.uint8)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(xla_ops.product("forward", geometry, x, w, int32(*formats)))
-
-
-@pytest.mark.parametrize(
-    "bits, exponent, message",
-    [
-        (9, 0, "bits must be in 2..8, got 9"),
-        (1, 0, "got 1"),
-        (8, 127, "exponent must be in -126..126, got 127"),
-    ],
-)
-def test_quantization_formats_that_cannot_run(bits, exponent, message):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(xla_ops.quantize(jnp.zeros(3), bits, exponent, limbs=1))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"kind": 3}, "kind must be 0, 1 or 2"),
-        ({"geometry": G.numbers()[1:]}, "the geometry has the wrong length"),
-        ({"geometry": G._replace(groups=2).numbers()}, "groups must divide the channels"),
-        ({"geometry": G._replace(stride=(1, 1, 0)).numbers()}, "strides and dilations must be at least 1"),
-        ({"geometry": G._replace(batch=-1).numbers()}, "a size is negative"),
-        ({"geometry": G._replace(out_channels=6).numbers()}, "the result has 10 elements, not 12"),
-    ],
-)
-def test_the_custom_call_checks_what_python_would(change, message):
-    attributes = {"kind": 0, "geometry": G.numbers(), "isa": "auto"} | change
-    call = jax.ffi.ffi_call("jax_apt_product", jax.ShapeDtypeStruct((1, 1, 1, 1, 2, 5), jnp.float32))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(call(X, W, int32(8, 0, 8, 0), **attributes))

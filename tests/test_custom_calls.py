@@ -1,0 +1,272 @@
+"""The custom calls under JAX: jit, vmap, scan, threads, and what is refused."""
+
+import itertools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import planes_of
+from jax import lax
+from kernel_oracles import (
+    convolution,
+    draw_codes,
+    draw_operands,
+    each_isa,
+    each_kind,
+    matrices,
+    operand_shapes,
+    oracle,
+    quantize_oracle,
+)
+
+from jax_apt import xla_ops
+
+pytestmark = pytest.mark.skipif(not xla_ops.is_available(), reason="the kernels are not compiled here")
+
+
+# Under JAX
+
+
+def int32(*values):
+    return jnp.array(values, jnp.int32)
+
+
+def jax_operands(rng, kind, geometry, bits):
+    lhs, rhs = draw_operands(rng, kind, geometry, *bits)
+    return (lhs, rhs), (jnp.asarray(planes_of(lhs, bits[0])), jnp.asarray(planes_of(rhs, bits[1])))
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("bits", ((8, 8), (16, 8), (24, 16)))
+def test_product_under_jit(isa, kind, bits):
+    geometry = convolution((6, 7), 5, 9, (3, 2), stride=(2, 1), pad=(1, 1), batch=2)
+    codes, planes = jax_operands(np.random.default_rng(8), kind, geometry, bits)
+    formats = (bits[0], -9, bits[1], -8)
+    out = jax.jit(lambda x, y, f: xla_ops.product(kind, geometry, x, y, f, isa=isa))(*planes, int32(*formats))
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, oracle(kind, geometry, *codes, formats))
+
+
+@each_kind
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        matrices(401, 390, 403),  # one product, split among the threads
+        matrices(130, 2100, 180, count=3),  # products that are split, one after the other
+        matrices(33, 65, 31, count=800),  # small products, each on one thread
+        matrices(1, 9, 1, count=1000),
+        matrices(1, 40000, 50, count=2),
+        convolution((30, 31), 33, 70, (3, 3), batch=3, pad=(1, 1)),
+    ],
+    ids=lambda g: "x".join(map(str, (g.matrices, g.inputs[2], g.in_channels, g.out_channels))),
+)
+@pytest.mark.parametrize("bits", ((8, 8), (16, 8), (8, 16)))
+def test_large_products_and_batches_use_threads_and_agree(kind, geometry, bits):
+    codes, planes = jax_operands(np.random.default_rng(9), kind, geometry, bits)
+    formats = (bits[0], 0, bits[1], 0)
+    out = xla_ops.product(kind, geometry, *planes, int32(*formats))
+    np.testing.assert_array_equal(out, oracle(kind, geometry, *codes, formats))
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (1, 2, 0)])
+def test_vmap(in_axes):
+    rng, geometry, count = np.random.default_rng(11), matrices(4, 6, 5), 3
+    formats = np.array([(8, -3, 16, 2), (5, 0, 9, -4), (7, 1, 15, 1)])
+    if in_axes[2] is None:
+        formats[:] = formats[0]
+    codes = [
+        [draw_codes(rng, shape, 5) for _ in range(count)] for shape in operand_shapes("forward", geometry)[:2]
+    ]
+    codes = [c if axis is not None else [c[0]] * count for c, axis in zip(codes, in_axes, strict=False)]
+    args = []
+    for side, axis in enumerate(in_axes[:2]):
+        each = [planes_of(c, f[2 * side], 2) for c, f in zip(codes[side], formats, strict=True)]
+        if in_axes[2] == 0 and axis is None:  # one tensor for all formats: one width
+            formats[:, 2 * side] = 8
+            each = [planes_of(codes[side][0], 8, 2)] * count
+        args.append(jnp.asarray(each[0] if axis is None else np.moveaxis(np.stack(each), 0, axis)))
+    args.append(jnp.asarray(formats[0] if in_axes[2] is None else formats, jnp.int32))
+    out = jax.vmap(lambda x, y, f: xla_ops.product("forward", geometry, x, y, f), in_axes)(*args)
+    for i in range(count):
+        expected = oracle("forward", geometry, codes[0][i], codes[1][i], formats[i])
+        np.testing.assert_array_equal(out[i], expected)
+
+
+def test_vmapped_quantization():
+    rng = np.random.default_rng(12)
+    x = rng.normal(size=(3, 40, 7)).astype(np.float32)
+    x[1, 2, 3] = np.nan
+    bits, exponents = int32(8, 16, 24), int32(-5, -12, -21)
+    planes, nonfinite = jax.vmap(lambda *a: xla_ops.quantize(*a, limbs=3))(x, bits, exponents)
+    np.testing.assert_array_equal(nonfinite, [0, 1, 0])
+    for i in range(3):
+        n, e = int(bits[i]), int(exponents[i])
+        expected = planes_of(quantize_oracle(np.nan_to_num(x[i]), n, e), n)
+        expected = np.where(np.isnan(x[i]), 0, expected)
+        np.testing.assert_array_equal(planes[i, : len(expected)], expected)
+
+
+def test_widths_change_without_recompilation():
+    rng, geometry = np.random.default_rng(12), matrices(9, 40, 8)
+    traces = []
+
+    @jax.jit
+    def product(x, y, formats):
+        traces.append(1)
+        (x, _), (y, _) = (
+            xla_ops.quantize(v, formats[i], formats[i + 1], limbs=3) for v, i in ((x, 0), (y, 2))
+        )
+        return xla_ops.product("forward", geometry, x, y, formats)
+
+    lhs, rhs, _ = operand_shapes("forward", geometry)
+    x, y = rng.normal(size=lhs).astype(np.float32), rng.normal(size=rhs).astype(np.float32)
+    for bits in itertools.product((8, 14, 16, 24), repeat=2):
+        formats = (bits[0], 3 - bits[0], bits[1], 3 - bits[1])
+        codes = quantize_oracle(x, *formats[:2]), quantize_oracle(y, *formats[2:])
+        out = product(x, y, int32(*formats))
+        np.testing.assert_array_equal(out, oracle("forward", geometry, *codes, formats))
+    assert len(traces) == 1
+
+
+def test_scan_and_remat():
+    geometry = matrices(6, 30, 7)
+    codes, (x, y) = jax_operands(np.random.default_rng(13), "forward", geometry, (8, 8))
+    formats = [(8, e, 8, -e - i) for i, e in enumerate((-3, 0, 5))]
+
+    @jax.jit
+    def products(formats):
+        def step(carry, f):
+            return carry, jax.checkpoint(lambda f: xla_ops.product("forward", geometry, x, y, f))(f)
+
+        return lax.scan(step, 0, formats)[1]
+
+    out = products(jnp.array(formats, jnp.int32))
+    for i, f in enumerate(formats):
+        np.testing.assert_array_equal(out[i], oracle("forward", geometry, *codes, f))
+
+
+def test_threads_may_call_at_once():
+    geometry = convolution((17, 19), 33, 70, (3, 3), batch=5, pad=(1, 1))
+    codes, (x, y) = jax_operands(np.random.default_rng(14), "forward", geometry, (8, 16))
+    expected = oracle("forward", geometry, *codes, (8, 0, 16, 0))
+    product = jax.jit(
+        lambda x, y, f: [
+            xla_ops.product("forward", geometry, a, y, f) for a in (x, lax.optimization_barrier(x))
+        ]
+    )
+    product(x, y, int32(8, 0, 16, 0))
+    wrong = []
+
+    def call():
+        for _ in range(20):
+            for out in product(x, y, int32(8, 0, 16, 0)):
+                if not np.array_equal(out, expected):
+                    wrong.append(out)
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Errors
+
+
+G = matrices(2, 3, 5)
+X, W = jnp.full((1, *G.shapes()["x"]), 128, jnp.uint8), jnp.full((1, *G.shapes()["w"]), 128, jnp.uint8)
+
+
+@pytest.mark.parametrize(
+    "kind, lhs, rhs, formats, error, message",
+    [
+        ("forward", X, X, (8, 0, 8, 0), ValueError, r"rhs has planes of shape .* not \(1, 1, 1, 1, 3, 5\)"),
+        ("forward", W, W, (8, 0, 8, 0), ValueError, r"lhs has planes of shape"),
+        ("backward", X, W, (8, 0, 8, 0), ValueError, "kind must be one of forward, .*; got 'backward'"),
+        (
+            "forward",
+            X.astype(jnp.int8),
+            W,
+            (8, 0, 8, 0),
+            TypeError,
+            "lhs must be uint8 .* got int8",
+        ),
+        ("forward", X, W, (8, 0, 8), TypeError, r"formats must be int32 \(4,\), got int32 \(3,\)"),
+        ("forward", X, W, (8.0, 0, 8, 0), TypeError, r"got float32 \(4,\)"),
+    ],
+)
+def test_operands_that_do_not_fit(kind, lhs, rhs, formats, error, message):
+    with pytest.raises(error, match=message):
+        xla_ops.product(kind, G, lhs, rhs, jnp.array(formats))
+
+
+def test_isa_that_cannot_run():
+    with pytest.raises(ValueError, match=r"isa must be auto or one of .*scalar; got 'sse9'"):
+        xla_ops.product("forward", G, X, W, int32(8, 0, 8, 0), isa="sse9")
+
+
+@pytest.mark.parametrize(
+    "limbs, dtype, error, message",
+    [
+        (4, jnp.float32, ValueError, "limbs must be 1, 2 or 3, got 4"),
+        (1, jnp.float16, TypeError, "x must be float32, got float16"),
+    ],
+)
+def test_quantization_that_cannot_be(limbs, dtype, error, message):
+    with pytest.raises(error, match=message):
+        xla_ops.quantize(jnp.zeros(3, dtype), 8, 0, limbs=limbs)
+
+
+@pytest.mark.parametrize(
+    "formats, depth, message",
+    [
+        ((1, 0, 8, 0), 3, "bits must be in 2..24, got 1"),
+        ((8, 0, 25, 0), 3, "bits must be in 2..24, got 25"),
+        ((8, 127, 8, 0), 3, "exponent must be in -126..126, got 127"),
+        ((8, 0, 8, -127), 3, "exponent must be in -126..126, got -127"),
+        ((16, 0, 8, 0), 3, "16 x 8 bits need more planes than the operands have"),
+        ((24, 0, 24, 0), 65537, "at most 62, got 63"),
+    ],
+)
+def test_formats_that_cannot_run(formats, depth, message):
+    geometry = matrices(1, depth, 1)
+    limbs = 3 if depth > 3 else 1
+    x = jnp.full((limbs, *geometry.shapes()["x"]), 128, jnp.uint8)
+    w = jnp.full((limbs, *geometry.shapes()["w"]), 128, jnp.uint8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(xla_ops.product("forward", geometry, x, w, int32(*formats)))
+
+
+@pytest.mark.parametrize(
+    "bits, exponent, message",
+    [
+        (9, 0, "bits must be in 2..8, got 9"),
+        (1, 0, "got 1"),
+        (8, 127, "exponent must be in -126..126, got 127"),
+    ],
+)
+def test_quantization_formats_that_cannot_run(bits, exponent, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(xla_ops.quantize(jnp.zeros(3), bits, exponent, limbs=1))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": 3}, "kind must be 0, 1 or 2"),
+        ({"geometry": G.numbers()[1:]}, "the geometry has the wrong length"),
+        ({"geometry": G._replace(groups=2).numbers()}, "groups must divide the channels"),
+        ({"geometry": G._replace(stride=(1, 1, 0)).numbers()}, "strides and dilations must be at least 1"),
+        ({"geometry": G._replace(batch=-1).numbers()}, "a size is negative"),
+        ({"geometry": G._replace(out_channels=6).numbers()}, "the result has 10 elements, not 12"),
+    ],
+)
+def test_the_custom_call_checks_what_python_would(change, message):
+    attributes = {"kind": 0, "geometry": G.numbers(), "isa": "auto"} | change
+    call = jax.ffi.ffi_call("jax_apt_product", jax.ShapeDtypeStruct((1, 1, 1, 1, 2, 5), jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(X, W, int32(8, 0, 8, 0), **attributes))
