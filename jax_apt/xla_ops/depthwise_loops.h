@@ -29,8 +29,7 @@ class Depthwise {
     }
     for (int w = 0; w < parallel.workers(); ++w)
       __builtin_memset(Totals(w), 0, Taps() * p.padded * sizeof(int64_t));
-    parallel.Run(
-        tasks, [](void* self, int64_t task, int worker) { Self(self)->AddUp(task, worker); }, this);
+    parallel.Run(tasks, [](void* self, int64_t task, int worker) { Self(self)->AddUp(task, worker); }, this);
     StoreTotals(parallel.workers());
   }
 
@@ -131,8 +130,10 @@ class Depthwise {
     const int64_t first_row = task % p.row_tasks * p.rows;
     task /= p.row_tasks;
     const int64_t first = p.blocks * block / p.block_tasks, end = p.blocks * (block + 1) / p.block_tasks;
-    return {task / p.pixels[0],  task % p.pixels[0], first_row,  Min(p.rows, p.pixels[1] - first_row),
-            stretch * p.stretch, first,              end - first};
+    return {task / p.pixels[0],  task % p.pixels[0],
+            first_row,           Min(p.rows, p.pixels[1] - first_row),
+            stretch * p.stretch, first,
+            end - first};
   }
 
   struct Block {  // channels whose rows are held
@@ -173,12 +174,8 @@ class Depthwise {
       if (block.held[slot] == from_y) continue;
       block.held[slot] = from_y;
       const int64_t start = ((tile.n * p.source[0] + from_z) * p.source[1] + from_y) * p.source[2];
-      const WordGrid grid{p.first_column + tile.first_pixel * p.stride,
-                          Columns(),
-                          1,
-                          p.spacing,
-                          p.is_needed.data(),
-                          false};
+      const WordGrid grid{
+          p.first_column + tile.first_pixel * p.stride, Columns(), 1, p.spacing, p.is_needed.data(), false};
       const CodeRow row = RowOf(product.lhs, start * g.in_channels, p.source[2]);
       const int limbs = LimbCount(product.lhs.bits);
       PackRow<P>(limbs, row, grid, {block.channel, block.channels, words});

@@ -9,9 +9,9 @@ namespace {
 constexpr int64_t kInt32Max = 2147483647;
 constexpr int64_t kLine = 64;
 constexpr int64_t kTasksPerWorker = 8;
-constexpr int64_t kMostStretch = 64;       // pixels of a row at once
+constexpr int64_t kMostStretch = 64;        // pixels of a row at once
 constexpr int64_t kHeldBytes = 128 * 1024;  // of rows, which stay in L1
-constexpr int64_t kFewTerms = 64;          // sums that must be stored more often are better wide from the start
+constexpr int64_t kFewTerms = 64;  // sums that must be stored more often are better wide from the start
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -104,16 +104,14 @@ class DepthwisePlanner {
 
   void AddFilterGradientPhase() {
     p.step = 1, p.stride = p.spacing = g.stride[2];
-    for (int t = 0; t < g.window[2]; ++t)
-      p.taps.push_back({t * g.dilation[2] - g.pad[2], {t, -1, -1, -1}});
+    for (int t = 0; t < g.window[2]; ++t) p.taps.push_back({t * g.dilation[2] - g.pad[2], {t, -1, -1, -1}});
     p.phases.push_back({0, g.out[2], 0, static_cast<int>(g.window[2])});
   }
 
   void FindColumns() {
     const int64_t most = p.phases.empty() ? 0 : p.phases[0].count;  // later phases have no more
     int64_t longest = kMostStretch;
-    if (kind == Kind::kFilterGradient)
-      longest = std::min(longest, p.safe_terms) / kMostGroup * kMostGroup;
+    if (kind == Kind::kFilterGradient) longest = std::min(longest, p.safe_terms) / kMostGroup * kMostGroup;
     p.stretches = std::max<int64_t>(1, CeilDiv(most, longest));
     p.stretch = RoundUp(CeilDiv(most, p.stretches), kMostGroup);
     const auto by_offset = [](const WordTaps& a, const WordTaps& b) { return a.offset < b.offset; };
@@ -151,7 +149,8 @@ class DepthwisePlanner {
     const int64_t wanted = workers > 1 ? kTasksPerWorker * workers : 1;
     const int64_t planes = std::max<int64_t>(1, g.batch * p.pixels[0] * p.stretches);
     p.block_tasks = std::min(p.blocks, CeilDiv(wanted, planes));
-    const int64_t pieces = std::min(std::max<int64_t>(1, p.pixels[1]), CeilDiv(wanted, planes * p.block_tasks));
+    const int64_t pieces =
+        std::min(std::max<int64_t>(1, p.pixels[1]), CeilDiv(wanted, planes * p.block_tasks));
     p.rows = std::max<int64_t>(1, CeilDiv(p.pixels[1], pieces));
     p.row_tasks = CeilDiv(p.pixels[1], p.rows);
   }

@@ -8,13 +8,13 @@
 
 namespace jax_apt {
 
-constexpr int kMaxTaps = 128;       // of a filter
-constexpr int kMostGroup = 4;       // codes in a word
+constexpr int kMaxTaps = 128;  // of a filter
+constexpr int kMostGroup = 4;  // codes in a word
 constexpr int kMaxHeldRows = 512;
 constexpr int64_t kChannelUnit = 16;  // channels that lie side by side are filled up to a multiple of it
 
-struct WordTaps {  // taps of a row of the filter whose products one instruction adds
-  int64_t offset;  // column of the first one
+struct WordTaps {       // taps of a row of the filter whose products one instruction adds
+  int64_t offset;       // column of the first one
   int tap[kMostGroup];  // -1: none
 };
 
@@ -34,15 +34,15 @@ struct DepthwisePlan {
   int64_t step, stride, spacing;
   std::vector<WordTaps> taps;
   std::vector<PixelPhase> phases;
-  int64_t first_column;  // of the words of a stretch whose first pixel is 0
+  int64_t first_column;            // of the words of a stretch whose first pixel is 0
   std::vector<uint8_t> is_needed;  // columns from it on: whether any pixel reads the word there
 
   // Tasks: stretches of the pixels of a row (of each phase) x rows x channels.
   int64_t stretch, stretches, rows, row_tasks, blocks, block_tasks;
-  int64_t block;    // channels whose rows are held at once
-  int64_t padded;   // all channels, filled up
+  int64_t block;      // channels whose rows are held at once
+  int64_t padded;     // all channels, filled up
   int64_t held_rows;  // of lhs, for each plane of the filter
-  bool is_ring;     // they are neighbours, else one for each row of the filter
+  bool is_ring;       // they are neighbours, else one for each row of the filter
 
   // Scratch: filter words [phase taps][filter row][padded], what to add for the offset of bytes
   // [phase][filter row][padded], the code 0 and, of each worker, held rows, a row of dy, sums, totals.

@@ -33,7 +33,8 @@ Vector LoadVector(const void* from) {
 // __builtin_convertvector apart lane by lane.
 inline WordVector WidenBytes(const uint8_t* from) {
 #if defined(__AVX512BW__)
-  return (WordVector)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (WordVector)_mm512_maskz_cvtepu8_epi32(0xffff,
+                                                _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__AVX2__)
   return (WordVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #else
@@ -50,7 +51,8 @@ inline WordVector WidenBytes(const uint8_t* from) {
 
 inline LongVector WidenWords(const uint32_t* from) {
 #if defined(__AVX512BW__)
-  return (LongVector)_mm512_maskz_cvtepi32_epi64(0xff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (LongVector)_mm512_maskz_cvtepi32_epi64(0xff,
+                                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
   return (LongVector)_mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
@@ -61,7 +63,8 @@ inline LongVector WidenWords(const uint32_t* from) {
 
 // Scaled by two powers of two one after the other: their product might leave float32's range.
 inline void StoreSums(WordVector sums, float low, float high, float* out) {
-  const FloatVector values = __builtin_convertvector(reinterpret_cast<IntVector>(sums), FloatVector) * low * high;
+  const FloatVector values =
+      __builtin_convertvector(reinterpret_cast<IntVector>(sums), FloatVector) * low * high;
   __builtin_memcpy(out, &values, sizeof values);
 }
 
@@ -125,7 +128,8 @@ struct WideWords {
 #endif
   }
   static void Store(Vector sums, float low, float high, float* out) {
-    for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<float>(static_cast<int64_t>(sums[i])) * low * high;
+    for (int64_t i = 0; i < kLanes; ++i)
+      out[i] = static_cast<float>(static_cast<int64_t>(sums[i])) * low * high;
   }
 };
 
@@ -144,8 +148,7 @@ struct CodeRow {
   Pixel At(int64_t x, int64_t channel, int limbs) const {
     const bool is_inside = x >= 0 && x < width;
     Pixel pixel;
-    for (int i = 0; i < limbs; ++i)
-      pixel.limb[i] = is_inside ? plane[i] + x * channels + channel : zeros[i];
+    for (int i = 0; i < limbs; ++i) pixel.limb[i] = is_inside ? plane[i] + x * channels + channel : zeros[i];
     return pixel;
   }
 };
@@ -260,8 +263,7 @@ void PackSliding(const CodeRow& row, const WordGrid& grid, const WordBlock& bloc
 
 template <class P, int kLimbs>
 void PackRow(const CodeRow& row, const WordGrid& grid, const WordBlock& block) {
-  if (grid.step == 1 && grid.spacing == 1 && !grid.is_signed)
-    return PackSliding<P, kLimbs>(row, grid, block);
+  if (grid.step == 1 && grid.spacing == 1 && !grid.is_signed) return PackSliding<P, kLimbs>(row, grid, block);
   PackApart<P, kLimbs>(row, grid, block);
 }
 
