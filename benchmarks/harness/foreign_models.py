@@ -112,7 +112,7 @@ def _nnx(module, *args, **options) -> Model:
     graph, parameters, others = nnx.split(module, nnx.Param, ...)
 
     def fn(parameters, others, *args):
-        return nnx.merge(graph, parameters, others)(*args, **options)
+        return nnx.merge(graph, parameters, others, copy=True)(*args, **options)
 
     return Model(fn, parameters, (others, *args))
 
