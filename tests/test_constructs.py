@@ -293,7 +293,11 @@ def fixed_point(p, x):
 
 
 @pytest.mark.parametrize(
-    ("fn", "in_float"), [(through_own_rule, set()), (fixed_point, {"lu", "custom_linear_solve"})]
+    ("fn", "in_float"),
+    [
+        (through_own_rule, set()),
+        (fixed_point, {"lu", "custom_linear_solve", "dot_general"}),
+    ],  # an outer product
 )
 def test_rules_that_call_their_function_and_roots(fn, in_float):
     p, x = two_layers(), normal(2, 4, 5)
@@ -302,7 +306,8 @@ def test_rules_that_call_their_function_and_roots(fn, in_float):
     np.testing.assert_allclose(value, in_float32(fn)[0], rtol=1e-4)
     assert_close_gradients(gradients, in_float32(fn)[1])
     assert {"a", "b"} <= set(state.layout.names())
-    assert any(name.endswith("/gradient") for name in state.layout.names())  # the rule's own products
+    is_in_rule = any(name.endswith("/gradient") for name in state.layout.names())  # the rule's own products
+    assert is_in_rule == (fn is through_own_rule)
     assert {left.primitive for left in state.layout.left_in_float} == in_float
 
 

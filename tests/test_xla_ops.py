@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import helpers
+import jax
 import numpy as np
 import pytest
 from helpers import planes_of
@@ -103,6 +104,16 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_an_error(monkeypatch, 
     library, reason = xla_ops._load.__wrapped__()
     assert library is None
     assert reason.startswith("the compiled library does not load: ")
+
+
+def test_a_library_for_another_jaxlib_is_a_reason_and_not_an_error(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: FFI handler's API version 0.5 is not supported")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    library, reason = xla_ops._load.__wrapped__()
+    assert library is None
+    assert reason.startswith("the compiled library was built for another jaxlib; install jax_apt again: ")
 
 
 # Products

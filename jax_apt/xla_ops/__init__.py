@@ -41,13 +41,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         targets = {name: jax.ffi.pycapsule(getattr(library, name)) for name in _TARGETS}
         library.jax_apt_isa.restype = ctypes.c_char_p
         library.jax_apt_available_isas.restype = ctypes.c_char_p
+        if library.jax_apt_isa() is None:
+            names = library.jax_apt_available_isas().decode()
+            return None, f"JAX_APT_ISA={os.environ['JAX_APT_ISA']!r} cannot run here; available: {names}"
+        for name, target in targets.items():
+            jax.ffi.register_ffi_target(name, target, platform="cpu")
     except (OSError, AttributeError) as error:  # not a library, or one of another version
         return None, f"the compiled library does not load: {error}"
-    if library.jax_apt_isa() is None:
-        names = library.jax_apt_available_isas().decode()
-        return None, f"JAX_APT_ISA={os.environ['JAX_APT_ISA']!r} cannot run here; available: {names}"
-    for name, target in targets.items():
-        jax.ffi.register_ffi_target(name, target, platform="cpu")
+    except jax.errors.JaxRuntimeError as error:
+        return None, f"the compiled library was built for another jaxlib; install jax_apt again: {error}"
     return library, ""
 
 
