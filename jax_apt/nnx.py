@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx import filterlib
 
 from jax_apt.config import Backend, Config, Rule
 from jax_apt.report import Report, make_report
@@ -44,7 +45,7 @@ class Quantized(nnx.Module):
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: Any,
         *args,
         rules: Sequence[Rule] = (),
         config: Config | None = None,
@@ -53,9 +54,9 @@ class Quantized(nnx.Module):
     ):
         if not isinstance(model, nnx.Module):
             raise TypeError(f"Quantized takes an nnx.Module, got {type(model).__name__}")
-        checked = apt_quantize(model, rules, config=config, backend=backend)
-        self.model = model
-        self.options = nnx.static((checked.rules, checked.config, checked.backend))
+        checked = apt_quantize(type(model), rules, config=config, backend=backend)
+        self.model: Any = model
+        self.options = nnx.static((checked.rules, checked.config, backend))
         q, inputs, _ = self._function(args, kwargs)
         self.precision = Precision(q.init(*inputs))
 
@@ -110,7 +111,7 @@ def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.P
     """
     if not callable(loss_fn):
         raise TypeError(f"value_and_grad(loss_fn): loss_fn must be a function, got {type(loss_fn).__name__}")
-    is_wrt = nnx.filterlib.to_predicate(wrt)
+    is_wrt = filterlib.to_predicate(wrt)
 
     def is_parameter(path, value):
         return path[0] == 0 and isinstance(value, nnx.Variable) and is_wrt(path[1:], value)
