@@ -18,7 +18,8 @@ def network(x, train: bool):
     x = hk.Conv2D(8, 3, stride=2, with_bias=False)(x)
     x = hk.BatchNorm(True, True, decay_rate=0.9)(x, is_training=train)
     x = hk.Flatten()(jax.nn.relu(x))
-    return hk.nets.MLP([64, 10])(x, dropout_rate=0.1 if train else None, rng=hk.next_rng_key())
+    dropout = {"dropout_rate": 0.1, "rng": hk.next_rng_key()} if train else {}
+    return hk.nets.MLP([64, 10])(x, **dropout)
 
 
 def train(steps: int, batch: int = 64):

@@ -97,12 +97,10 @@ def test_model_runs_unmodified(name):
     row = measure(case)
     assert misses(row) == []
     assert set(row["left"]) <= {"nothing is summed: it multiplies element by element"}
+    error = {bits: of["relative"] for bits, of in row["errors"].items()}
     assert (
-        row["errors"]["24"]["relative"]
-        < row["errors"]["16"]["relative"]
-        < row["errors"]["8"]["relative"]
-        < 0.5
-    )
+        error["24"] < error["16"] < error["8"] and error["16"] < 0.05
+    )  # 8 bits pass through up to 28 layers
 
 
 def test_a_wrong_gradient_and_a_second_trace_are_seen():
