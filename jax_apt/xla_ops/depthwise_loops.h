@@ -383,7 +383,7 @@ class Depthwise {
 
 void RunDepthwise(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
   const DepthwisePlan& p = plan.depthwise;
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
   if (p.group == ByteWords::kGroup) return Depthwise<ByteWords>(p, product, scratch).Run(parallel);
 #endif
   if (p.group == PairWords::kGroup) return Depthwise<PairWords>(p, product, scratch).Run(parallel);

@@ -4,7 +4,8 @@
 // lane of an instruction multiplies at once.
 //
 //   ByteWords   4 codes of one limb: byte (0..255) of lhs times byte less 128 of rhs. So a sum is too large
-//               by 128 times the sum of rhs's codes. vpdpbusd
+//               by 128 times the sum of rhs's codes. vpdpbusd; sdot, where lhs is made signed first: then
+//               it is its code, and the sum is right
 //   PairWords   2 codes of one or two limbs, as int16; sums fit int32. vpmaddwd
 //   WideWords   a code of any width, as int32; sums in 64 bits
 
@@ -68,10 +69,14 @@ inline void StoreSums(WordVector sums, float low, float high, float* out) {
   __builtin_memcpy(out, &values, sizeof values);
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 struct ByteWords {
   static constexpr int64_t kGroup = 4, kLanes = kWordLanes;
+#ifdef __ARM_FEATURE_DOTPROD
+  static constexpr bool kHasOffset = false;
+#else
   static constexpr bool kHasOffset = true;
+#endif
   using Sum = uint32_t;
   using Vector = WordVector;
 
@@ -79,6 +84,8 @@ struct ByteWords {
   static Vector MultiplyAdd(Vector sum, Vector lhs, Vector rhs) {
 #if defined(__AVX512VNNI__)
     return (Vector)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)lhs, (__m512i)rhs);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (Vector)vdotq_s32((int32x4_t)sum, (int8x16_t)(lhs ^ 0x80808080u), (int8x16_t)rhs);
 #else
     return (Vector)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)lhs, (__m256i)rhs);
 #endif
