@@ -24,11 +24,11 @@ _MEANS = (
     ("GEMM Qwix int8", "gemm", "forward", "jax/qwix"),
     ("GEMM torch._int_mm, operands already int8", "gemm", "forward", "torch/int_mm"),
     ("convolution 3x3 stride 1, f + dX + dW, int8", "conv 3x3 s1", "all", "jax/apt-8-8-8"),
-    ("the same, int16 gradients", "conv 3x3 s1", "all", "jax/apt-8-8-16"),
+    ("convolution 3x3 stride 1, int16 gradients", "conv 3x3 s1", "all", "jax/apt-8-8-16"),
     ("other convolutions, f + dX + dW, int8", "other conv", "all", "jax/apt-8-8-8"),
-    ("the same, int16 gradients", "other conv", "all", "jax/apt-8-8-16"),
+    ("other convolutions, int16 gradients", "other conv", "all", "jax/apt-8-8-16"),
     ("depthwise 3x3, f + dX + dW, int8", "depthwise", "all", "jax/apt-8-8-8"),
-    ("the same, int16 gradients", "depthwise", "all", "jax/apt-8-8-16"),
+    ("depthwise 3x3, int16 gradients", "depthwise", "all", "jax/apt-8-8-16"),
 )
 _STEPS = {"jax/apt-8": "int8 gradients", "jax/apt-16": "int16", "jax/apt-24": "int24"}
 _STEPS |= {"jax/apt-adaptive": "widths by APT", "jax/qwix": "Qwix int8"}
@@ -45,7 +45,7 @@ def _means(documents: dict[str, dict]) -> dict[str, str]:
     for label, *key in _MEANS:
         pair = [found.get((*key, against)) for against in ("xla", "torch")]
         if any(pair):
-            cells[f"{label} ({key[1]})" if label.startswith("the same") else label] = " / ".join(
+            cells[label] = " / ".join(
                 f"{number(m['geometric_mean'])} ({number(m['least'])})" if m else "-" for m in pair
             )
     return cells
