@@ -8,6 +8,7 @@ namespace jax_apt {
 namespace {
 
 #include "product_loops.h"
+#include "vectors256.h"
 #include "vnni_kernel.h"
 #include "winograd_loops.h"
 
@@ -102,17 +103,7 @@ struct Avx2Kernel {
 // vpmaddubsw multiplies unsigned by signed bytes and adds pairs with saturation to 16 bits: exact for bytes
 // of lhs up to 127, as a ReLU's output has them, since 2 * 127 * 128 < 2^15. Three instructions for 32
 // products, where 16-bit elements take four.
-struct Vector256 {
-  using Type = __m256i;
-  static constexpr int kLanes = 8;
-  static Type Zero() { return _mm256_setzero_si256(); }
-  static Type Load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-  static void Store(void* to, Type value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
-  static Type Broadcast(const uint8_t* from) {
-    int32_t word;
-    __builtin_memcpy(&word, from, 4);
-    return _mm256_set1_epi32(word);
-  }
+struct Vector256 : Lanes256 {
   static Type MultiplyAdd(Type sum, Type a, Type b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
   }
