@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 Conv = partial(nn.Conv, kernel_init=nn.initializers.he_normal())
@@ -60,7 +60,7 @@ def local_response_normalization(
     """
     window = (1,) * (x.ndim - 1) + (size,)
     padding = [(0, 0)] * (x.ndim - 1) + [(size // 2, size // 2)]
-    squares = lax.reduce_window(x * x, jnp.zeros((), x.dtype), lax.add, window, (1,) * x.ndim, padding)
+    squares = lax.reduce_window(x * x, np.zeros((), x.dtype), lax.add, window, (1,) * x.ndim, padding)
     return x * (k + alpha * squares) ** -beta
 
 
