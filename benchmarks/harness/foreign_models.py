@@ -163,7 +163,7 @@ def haiku_resnet18() -> Model:
     def network(x):
         return hk.nets.ResNet18(10, resnet_v2=True)(x, is_training=True)
 
-    return _haiku(network, _normal(1, 2, 32, 32, 3))
+    return _haiku(network, _normal(1, 8, 32, 32, 3))
 
 
 @_case("dm-haiku", "nets.MobileNetV1, training")
