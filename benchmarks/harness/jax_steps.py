@@ -19,7 +19,7 @@ from harness.worker import Calls
 
 _NEVER = 2**30  # a step that no training reaches
 _INITIAL_STEPS = 10
-_SETTLING = 20  # steps before anything is timed or counted
+_SETTLING = 150  # steps before anything is timed or counted
 
 
 def build(case: dict, name: str) -> tuple[Calls, dict]:

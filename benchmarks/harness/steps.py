@@ -19,7 +19,7 @@ def rows_of(case: dict, ms: dict, infos: dict) -> list[dict]:
 
 def step_table(document: dict) -> str:
     header = ["step", "contender", "ms", "XLA ms (default / off)", "PyTorch ms", "vs XLA", "vs PyTorch"]
-    header += ["gradients of each width"]
+    header += ["gradients of each width", "compiling s (float32)"]
     lines = []
     for row in document["rows"]:
         xla = " / ".join(number(row["ms"].get(name), 1) for name in results.XLA)
@@ -36,9 +36,14 @@ def step_table(document: dict) -> str:
                     number(ratio.get("xla")),
                     number(ratio.get("torch")),
                     ", ".join(f"{count} x {bits}" for bits, count in widths.items()) or "-",
+                    f"{_seconds(about)} ({_seconds(row['about'].get(results.XLA[0], {}))})",
                 ]
             )
     return table(header, lines)
+
+
+def _seconds(about: dict) -> str:
+    return number(about.get("compile_seconds"), 1)
 
 
 # Memory
