@@ -29,7 +29,7 @@ def run(*args, devices):
     return done.stdout
 
 
-WAYS = ["data", "both", "untyped", "jit data", "jit tensor", "jit both", "explicit"]
+WAYS = ["data", "tensor", "both", "untyped", "jit data", "jit tensor", "jit both", "explicit"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
