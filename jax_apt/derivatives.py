@@ -6,6 +6,8 @@ the refusal travels with the tangent: a linear primitive that reverse mode trans
 mode has to run, compile or batch.
 """
 
+from functools import partial
+
 import jax
 from jax import Array
 from jax.extend.core import Primitive
@@ -60,3 +62,16 @@ _reverse_once.def_abstract_eval(_itself)
 mlir.register_lowering(_reverse_once, lambda _, x: [x])
 batching.defvectorized(_reverse_once)
 ad.defjvp(_reverse_once, lambda tangent, _: _tangent.bind(tangent))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def refuse_gradient(x: Array, why: str) -> Array:
+    """`x`, of which any derivative is a NotImplementedError that says why."""
+    return x
+
+
+def _refuse(x: Array, why: str):
+    raise NotImplementedError(why)
+
+
+refuse_gradient.defvjp(_refuse, lambda why, residuals, cotangent: (cotangent,))

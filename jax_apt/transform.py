@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jax_apt import _jax_versions as versions
 from jax_apt.config import Backend, Config, Rule, check_backend
-from jax_apt.derivatives import reverse_once
+from jax_apt.derivatives import refuse_gradient, reverse_once
 from jax_apt.max_pool import max_pool
 from jax_apt.ops import Site, quantized_product
 from jax_apt.plan import (
@@ -284,6 +284,9 @@ class _Replayer:
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
         lhs, rhs = (reverse_once(x.astype(jnp.float32)) for x in inputs)
         out = versions.aval(eqn.outvars[0])
+        if self.mesh_axes and (left := versions.explicit_axes(out)):
+            why = _PARTLY_EXPLICIT.format(node.layer, ", ".join(self.mesh_axes), ", ".join(left))
+            lhs, rhs = refuse_gradient(lhs, why), refuse_gradient(rhs, why)
         quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run, same), out)
         return quantized(lhs, rhs, *sites[node.layer]).astype(out.dtype)
 
@@ -492,6 +495,12 @@ _BODIES = {
     "remat2": _Replayer._remat,
     **dict.fromkeys((*versions.CALL, *RAGGED), _Replayer._call),
 }
+
+
+_PARTLY_EXPLICIT = (
+    "layer {}: a shard_map over {} that leaves {} explicit can be evaluated but not differentiated; map over "
+    "all axes, or make them automatic: jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
+)
 
 
 def _in_reverse_once(x):
