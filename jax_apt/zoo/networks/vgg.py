@@ -25,7 +25,8 @@ class Vgg(nn.Module):
             x = max_pool(vgg_block(x, channels, f"conv{i + 1}", norm=norm))
         x = x.reshape(x.shape[0], -1)
         for name in ("fc6", "fc7"):
-            x = nn.relu(Dense(self.hidden, name=name)(x))
+            x = Dense(self.hidden, name=name)(x)
+            x = nn.relu(norm(name=f"{name}_norm")(x) if norm else x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.outputs, name="fc8")(x)
 
@@ -35,4 +36,4 @@ SMALL_BLOCKS = ((16, 16), (32, 32), (48, 48, 48), (64, 64, 64), (64, 64, 64))
 
 def small(outputs: int) -> Vgg:
     """All sixteen layers, narrower and with batch normalization, for 32 x 32 images."""
-    return Vgg(outputs, SMALL_BLOCKS, hidden=128, dropout=0.2, is_normalized=True)
+    return Vgg(outputs, SMALL_BLOCKS, hidden=128, dropout=0.0, is_normalized=True)

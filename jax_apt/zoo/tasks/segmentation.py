@@ -47,7 +47,7 @@ SEGMENTATION = Task(
     kind="segmentation",
     metric="mean IoU",
     networks=("deeplab-largefov",),
-    recipe=Recipe(epochs=20, batch_size=32, learning_rate=1e-3, warmup=0.05),
+    recipe=Recipe(epochs=20, batch_size=32, learning_rate=3e-3, warmup=0.05),
     load=load,
     outputs=CLASSES,
     loss=pixel_cross_entropy,

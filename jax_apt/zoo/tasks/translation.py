@@ -151,7 +151,7 @@ TRANSLATION = Task(
     kind="translation",
     metric="BLEU",
     networks=("seq2seq-lstm", "seq2seq-gru", "transformer"),
-    recipe=Recipe(epochs=16, batch_size=64, learning_rate=2e-3, warmup=0.05),
+    recipe=Recipe(epochs=16, batch_size=64, learning_rate=3e-3, warmup=0.05),
     load=load,
     outputs=70,  # words of the joint vocabulary
     loss=token_cross_entropy,
