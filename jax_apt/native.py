@@ -21,7 +21,7 @@ from jax import Array
 from jax.extend.core import JaxprEqn
 
 from jax_apt import xla_ops
-from jax_apt.fixed_point import Fixed, power_of_two
+from jax_apt.fixed_point import Fixed
 from jax_apt.xla_ops.partitioning import partitioned
 
 TENSORS = ("lhs", "rhs", "out")
@@ -62,8 +62,10 @@ def as_native(eqn: JaxprEqn, lhs_shape, rhs_shape) -> NativeForm | None:
     return _conv(params, tuple(lhs_shape), tuple(rhs_shape), is_transposed)
 
 
-def run_native(form: NativeForm, target: str, operands: dict[str, Fixed]) -> Array:
+def run_native(form: NativeForm, target: str, operands: dict[str, tuple[Fixed, Array]]) -> Array:
     """float32 tensor `target` from the other two, given by name as numbers in limb planes.
+
+    Beside each number stands how many of its values were NaN or infinite; what they contribute to is NaN.
 
     On sharded operands each device multiplies its own part. Where the dimension that is summed over is
     sharded, the partial results are exact, each rounded once, and added in float32.
@@ -71,42 +73,30 @@ def run_native(form: NativeForm, target: str, operands: dict[str, Fixed]) -> Arr
     role = form.roles[target]
     names = {form.roles[name].name: name for name in operands}
     lhs, rhs = (names[x] for x in _OPERANDS[role.name])
-    a, b = operands[lhs], operands[rhs]
+    (a, a_nonfinite), (b, b_nonfinite) = operands[lhs], operands[rhs]
     run = partitioned(
         partial(_run_part, form, target, lhs, rhs),
-        (("limbA", *form.dims[lhs]), ("limbB", *form.dims[rhs]), ("format",)),
+        (("limbA", *form.dims[lhs]), ("limbB", *form.dims[rhs]), *[()] * 6),
         (form.dims[target],),
-        form.whole | {"limbA", "limbB", "format"},
+        form.whole | {"limbA", "limbB"},
     )
-    (out,) = run(a.codes, b.codes, jnp.stack([a.bits, a.exponent, b.bits, b.exponent]))
+    formats = a.bits, a.exponent, b.bits, b.exponent
+    (out,) = run(a.codes, b.codes, *formats, a_nonfinite, b_nonfinite)
     return out
 
 
-def _run_part(form: NativeForm, target: str, lhs: str, rhs: str, parts, a, b, formats) -> tuple[Array]:
+def _run_part(form: NativeForm, target: str, lhs: str, rhs: str, parts, a, b, *scalars) -> tuple[Array]:
     form = form.part(parts) if parts else form
     role = form.roles[target]
     enter_a, enter_b = (jax.vmap(form.roles[name].enter) for name in (lhs, rhs))
-    out = xla_ops.product(_KIND[role.name], form.geometry, enter_a(a), enter_b(b), formats)
+    kind = _KIND[role.name]
+    out = xla_ops.product(
+        kind, form.geometry, enter_a(a), enter_b(b), scalars[:4], nonfinite=(scalars[4], scalars[5])
+    )
     return (role.leave(out),)
 
 
 # Limb planes
-
-
-def plane_sum(number: Fixed) -> Array:
-    """Integer codes of limb planes: int32; the least integer of the width marks what was not finite."""
-    planes, limbs = number.codes.astype(jnp.int32), _limbs_in_use(number)
-    codes = jnp.zeros(planes.shape[1:], jnp.int32)
-    for i in range(planes.shape[0]):
-        codes = codes + jnp.where(i < limbs, planes[i] << (8 * i), 0)
-    return codes - _offset(limbs)
-
-
-def planes_to_float32(number: Fixed) -> Array:
-    """float32 value of limb planes; NaN where it was not finite."""
-    codes = plane_sum(number)
-    value = codes.astype(jnp.float32) * power_of_two(number.exponent)
-    return jnp.where(codes == -_offset(_limbs_in_use(number)), jnp.float32(jnp.nan), value)
 
 
 def zero_planes(number: Fixed) -> Array:
@@ -117,10 +107,6 @@ def zero_planes(number: Fixed) -> Array:
 
 def _limbs_in_use(number: Fixed) -> Array:
     return (number.bits + 7) // 8
-
-
-def _offset(limbs: Array) -> Array:
-    return jnp.left_shift(1, 8 * limbs - 1)
 
 
 # Forms

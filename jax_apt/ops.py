@@ -20,10 +20,11 @@ from jax.extend.core import jaxpr_as_fun
 from jax_apt import _jax_versions as versions
 from jax_apt.config import GEMMS, Config
 from jax_apt.fixed_point import Fixed, exponent_for, round_stochastically
-from jax_apt.products import Operand, Program, Programs, quantize_operand, run
+from jax_apt.products import Operand, Program, Programs, adapt_operand, quantize_operand, run
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
 from jax_apt.state import to_tap
+from jax_apt.xla_ops.partitioning import may_be_split
 
 CODES_NAME = "jax_apt_codes"  # for jax.checkpoint_policies.save_only_these_names
 
@@ -202,6 +203,9 @@ def _quantized(
     nothing = _nothing(widths, value)
     if not set(gemms) & set(site.gemms):
         return None, nothing
+    if _chooses_natively(site, slot, value):
+        operand, measured = adapt_operand(value, formats, slot, widths, site.config)
+        return _named(operand, measured)
     bits, exponent, should_measure, step = formats[slot]
     measured = nothing
     if not site.is_settled:
@@ -213,11 +217,22 @@ def _quantized(
     if slot == DY and site.rounding == "stochastic":
         value = round_stochastically(value, exponent, _key(site.seed, step, value))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
-    # Named where they are made: whatever a remat computes again starts from them, and quantizes nothing.
-    number, nonfinite, measured = checkpoint_name((operand.number, operand.nonfinite, measured), CODES_NAME)
-    operand = operand._replace(number=number, nonfinite=nonfinite)
+    operand, measured = _named(operand, measured)
     copied = () if slot == DY else site.copied[_slots(site).index(slot)]
-    return operand, measured._replace(nonfinite=_counted_once(nonfinite, copied))
+    return operand, measured._replace(nonfinite=_counted_once(operand.nonfinite, copied))
+
+
+def _chooses_natively(site: Site, slot: int, value: Array) -> bool:
+    """Whether one custom call can measure and quantize: not where devices choose a format together."""
+    is_random = slot == DY and site.rounding == "stochastic"
+    is_apart = bool(site.mesh_axes or versions.varying_axes(value)) or may_be_split()
+    return site.backend == "native" and not (site.is_settled or is_random or is_apart)
+
+
+def _named(operand: Operand, measured: Measurement) -> tuple[Operand, Measurement]:
+    """Named where they are made: whatever a remat computes again starts from them, and quantizes nothing."""
+    number, nonfinite, measured = checkpoint_name((operand.number, operand.nonfinite, measured), CODES_NAME)
+    return operand._replace(number=number, nonfinite=nonfinite), measured
 
 
 def _counted_once(count: Array, copied: tuple[str, ...]) -> Array:

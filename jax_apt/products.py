@@ -9,8 +9,7 @@ resolutions, so all three give the same bits:
     xla      int8 x int8 -> int32 products of limbs of 8 bits; any device
     native   the CPU custom calls of `jax_apt.xla_ops`, widths as run-time operands; codes in limb planes
 
-A product of an operand with a NaN or an infinity runs in float32, so that these values go where float32
-takes them.
+NaN and infinite values are marked in the codes; every result that one of them contributes to is NaN.
 """
 
 import itertools
@@ -25,9 +24,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
+from jax_apt.config import Config
 from jax_apt.fixed_point import Fixed, container, count_nonfinite, dequantize, quantize, scale
 from jax_apt.gemm_form import as_gemm
-from jax_apt.native import NativeForm, as_native, matrix_form, planes_to_float32, run_native, zero_planes
+from jax_apt.native import NativeForm, as_native, matrix_form, run_native, zero_planes
+from jax_apt.qpa import Measurement, error_limit
 from jax_apt.wide_integers import Wide, add, to_float32, widen
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -43,13 +44,6 @@ class Operand(NamedTuple):
     number: Fixed  # codes as the backend keeps them: integers, or limb planes (uint8, a leading axis)
     widths: tuple[int, ...]  # candidates of number.bits, ascending
     nonfinite: Array  # float32, shape (); NaN and infinite values in it
-    value: Array | None = None  # the tensor itself, if it is still there
-
-    def to_float32(self) -> Array:
-        """The quantized value; a non-finite one as it was, or NaN if only its mark is left."""
-        is_planes = self.number.codes.dtype == jnp.uint8
-        value = planes_to_float32(self.number) if is_planes else dequantize(self.number)
-        return value if self.value is None else jnp.where(jnp.isnan(value), self.value, value)
 
 
 def quantize_operand(value: Array, bits, exponent, widths: tuple[int, ...], backend: str) -> Operand:
@@ -70,7 +64,27 @@ def quantize_operand(value: Array, bits, exponent, widths: tuple[int, ...], back
     else:
         codes = quantize(value, bits, exponent, container(widths[-1]))
         nonfinite = count_nonfinite(codes)
-    return Operand(Fixed(codes, bits, exponent), tuple(dict.fromkeys(widths)), nonfinite, value)
+    return Operand(Fixed(codes, bits, exponent), tuple(dict.fromkeys(widths)), nonfinite)
+
+
+def adapt_operand(
+    value: Array, formats: Array, row: int, widths: tuple[int, ...], config: Config
+) -> tuple[Operand, Measurement]:
+    """`quantize_operand` on the native backend, in a format that is chosen there if an update is due.
+
+    Args:
+      value: float32, any shape; not sharded.
+      formats: int32 (rows, 4): bits, exponent, whether to measure and training step.
+      row: of `formats`.
+      widths: candidates, ascending; the last may be repeated.
+      config: threshold, mode and measure.
+    """
+    limit = error_limit(config.threshold)
+    choice = xla_ops.Choice(widths, config.measure, config.mode == "restart", limit)
+    found = xla_ops.adapt(value, formats, row, choice)
+    number = Fixed(found.planes, found.bits, found.exponent)
+    measured = Measurement(found.measured, found.nonfinite, found.abs_sum, found.error_sums, found.exponents)
+    return Operand(number, tuple(dict.fromkeys(widths)), found.nonfinite), measured
 
 
 # Programs
@@ -147,16 +161,19 @@ def check_sums_fit(programs: Programs, lhs_bits: int, rhs_bits: int, out_bits: i
 def run(program: Program, a: Operand, b: Operand, backend: str) -> Array:
     """float32 result of a program on quantized operands, exact up to one rounding per element."""
     axes = versions.varying_axes(a.number.codes) | versions.varying_axes(b.number.codes)
+    if backend == "native":
+        return versions.as_varying(_exact(program, a, b, backend), axes)
     return lax.cond(
         a.nonfinite + b.nonfinite == 0,
         lambda: versions.as_varying(_exact(program, a, b, backend), axes),
-        lambda: jaxpr_as_fun(program.jaxpr)(a.to_float32(), b.to_float32())[0],
+        lambda: jaxpr_as_fun(program.jaxpr)(dequantize(a.number), dequantize(b.number))[0],
     )
 
 
 def _exact(program: Program, a: Operand, b: Operand, backend: str) -> Array:
     if backend == "native" and program.form is not None:
-        operands = dict(zip(program.operands, (a.number, b.number), strict=True))
+        numbers = ((a.number, a.nonfinite), (b.number, b.nonfinite))
+        operands = dict(zip(program.operands, numbers, strict=True))
         return run_native(program.form, program.target, operands)
     jaxpr: Jaxpr = program.jaxpr.jaxpr
     values: dict = dict(zip(jaxpr.invars, (a, b), strict=True))
@@ -185,7 +202,7 @@ def _step(eqn: JaxprEqn, inputs: list, backend: str):
 
     number = inputs[0].number
     codes = (jax.vmap(rearrange) if backend == "native" else rearrange)(number.codes)
-    return inputs[0]._replace(number=number._replace(codes=codes), value=None)
+    return inputs[0]._replace(number=number._replace(codes=codes))
 
 
 # Backends
@@ -198,7 +215,10 @@ def _native(eqn: JaxprEqn, a: Operand, b: Operand) -> Array:
     x, w = a.number.codes, b.number.codes
     lhs = jax.vmap(lambda plane, zero: as_gemm(eqn, plane, w[0], zero).lhs)(x, zero_planes(a.number))
     rhs = jax.vmap(lambda plane: as_gemm(eqn, x[0], plane).rhs)(w)
-    numbers = {"lhs": a.number._replace(codes=lhs), "rhs": b.number._replace(codes=rhs)}
+    numbers = {
+        "lhs": (a.number._replace(codes=lhs), a.nonfinite),
+        "rhs": (b.number._replace(codes=rhs), b.nonfinite),
+    }
     out = run_native(matrix_form(lhs.shape[1:], rhs.shape[1:]), "out", numbers)
     return as_gemm(eqn, x[0], w[0]).finish(out)
 

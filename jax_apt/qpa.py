@@ -13,6 +13,7 @@ Source: Zhang et al., arXiv 1911.00361. Pure functions over any number of tensor
 widths may be any ascending list, so "8 more bits" reads "the next width" here.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -49,20 +50,28 @@ def width_index(bits: Array, widths: Array) -> Array:
     return jnp.sum(bits[..., None] > widths, axis=-1, dtype=jnp.int32)
 
 
-def choose_width(diffs: Array, start: Array, threshold: float) -> Array:
-    """First candidate from `start` on whose Diff is at most the threshold, else the widest.
+def error_limit(threshold: float) -> float:
+    """The ratio |error sum| / sum|x| at which Diff is the threshold T: 2**T - 1.
+
+    Widths are chosen by the ratio: a division rounds alike everywhere, and a logarithm does not.
+    """
+    return math.expm1(min(threshold, 120.0) * math.log(2.0))
+
+
+def choose_width(errors: Array, start: Array, limit: float) -> Array:
+    """First candidate from `start` on whose error is at most the limit, else the widest.
 
     Args:
-      diffs: float32 (..., W), the error at each candidate width.
+      errors: float32 (..., W), the error at each candidate width.
       start: int32 (...), index of the width at which the search begins.
-      threshold: T.
+      limit: of the error.
 
     Returns:
       int32 (...), index of the chosen width.
     """
-    index = lax.broadcasted_iota(jnp.int32, diffs.shape, diffs.ndim - 1)
-    is_good = (diffs <= threshold) & (index >= start[..., None])
-    is_good = is_good | (index == diffs.shape[-1] - 1)
+    index = lax.broadcasted_iota(jnp.int32, errors.shape, errors.ndim - 1)
+    is_good = (errors <= jnp.float32(limit)) & (index >= start[..., None])
+    is_good = is_good | (index == errors.shape[-1] - 1)
     return jnp.argmax(is_good, axis=-1).astype(jnp.int32)
 
 
@@ -97,11 +106,13 @@ def choose(bits: Array, measured: Measurement, widths: Array, config: Config):
     Returns:
       (int32 (...), index of the chosen width; float32 (..., W), Diff at each width).
     """
-    diffs = diff(measured.error_sums, measured.abs_sum[..., None])
+    abs_sum = measured.abs_sum[..., None]
+    ratios = jnp.abs(measured.error_sums) / jnp.where(abs_sum > 0, abs_sum, 1.0)
     start = width_index(bits, widths)
     if config.mode == "restart":
         start = jnp.zeros_like(start)
-    return choose_width(diffs, start, config.threshold), diffs
+    chosen = choose_width(ratios, start, error_limit(config.threshold))
+    return chosen, diff(measured.error_sums, abs_sum)
 
 
 def adjust(

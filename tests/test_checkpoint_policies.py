@@ -12,7 +12,7 @@ from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(not xla_ops.is_available(), reason="not built"))
-QUANTIZE = {"xla": "round", "native": "jax_apt_quantize"}
+QUANTIZE = {"xla": "round", "native": "jax_apt_adapt"}
 PRODUCT = {"xla": "dot_general", "native": "jax_apt_product"}
 
 
@@ -69,14 +69,15 @@ def test_nothing_is_quantized_again(backend):
     assert found["codes"][quantize] == found["none"][quantize] < found["nothing"][quantize]
     assert found["codes"]["tanh"] == found["nothing"]["tanh"] > found["none"]["tanh"]  # floats: once more
     assert found["codes"][product] > found["none"][product]  # their input: the product of the kept codes
-    assert found["codes"]["cond"] < found["nothing"]["cond"]  # measurements: not once more
+    if backend == "xla":  # natively the same call measures
+        assert found["codes"]["cond"] < found["nothing"]["cond"]  # measurements: not once more
 
 
 def test_codes_are_kept_and_floats_are_not():
     assert kept(network)["float32", (5, 6)] > 1  # of each tanh what its gradient needs
     held = kept(jax.checkpoint(network, policy=apt.checkpoint_policies.save_codes))
     assert held["int8", (5, 6)] == 2 and held["int8", (6, 6)] == 2
-    assert held["float32", (5, 6)] == 1  # the argument
+    assert held["float32", (5, 6)] == 0  # not even the argument
 
 
 def test_gradients_and_state_are_the_same():

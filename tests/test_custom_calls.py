@@ -174,6 +174,84 @@ def test_threads_may_call_at_once():
     assert not wrong
 
 
+# Formats that are chosen
+
+WIDTHS = (8, 16, 24, 24)
+
+
+def adapt_oracle(x, bits, exponent, choice):
+    """(bits, exponent, sum|x|, error sums, exponents) in float64."""
+    x = np.float64(x)
+    largest = np.abs(x).max()
+    if largest == 0 or not np.isfinite(largest):
+        return bits, exponent, 0.0, np.zeros(len(choice.widths)), np.zeros(len(choice.widths), int)
+    limits = [2 ** (n - 1) - 1 for n in choice.widths]
+    exponents = np.array([int(np.ceil(np.log2(largest / limit))) for limit in limits])
+    values = [np.clip(np.rint(x / 2.0**e), -m, m) * 2.0**e for e, m in zip(exponents, limits, strict=True)]
+    errors = {
+        "mean_magnitude": [np.sum(np.abs(x)) - np.sum(np.abs(v)) for v in values],
+        "elementwise": [np.sum(np.abs(x - v)) for v in values],
+        "resolution": [x.size * 2.0**e / 4 for e in exponents],
+    }[choice.measure]
+    start = 0 if choice.is_restart else sum(bits > n for n in choice.widths)
+    good = [abs(e) / np.sum(np.abs(x)) <= choice.limit for e in errors]
+    chosen = next((i for i in range(start, len(good)) if good[i]), len(good) - 1)
+    return choice.widths[chosen], exponents[chosen], np.sum(np.abs(x)), np.array(errors), exponents
+
+
+@pytest.mark.parametrize("isa", xla_ops.available_isas() if xla_ops.is_available() else ())
+@pytest.mark.parametrize("measure", ["mean_magnitude", "elementwise", "resolution"])
+@pytest.mark.parametrize("is_restart", [False, True])
+def test_formats_are_chosen_as_the_method_says(isa, measure, is_restart):
+    rng = np.random.default_rng(3)
+    choice = xla_ops.Choice(WIDTHS, measure, is_restart, 0.02)
+    adapt = jax.jit(lambda x, formats: xla_ops.adapt(x, formats, 1, choice, isa=isa))
+    chosen = set()
+    for draw, bits, size in itertools.product(
+        (rng.standard_normal, lambda n: rng.standard_t(1.2, n), np.zeros, lambda n: np.full(n, 1e-45)),
+        (8, 16),
+        (5, 70_000),
+    ):
+        x = np.float32(draw(size))
+        found = adapt(x, int32([0, 0, 0, 7], [bits, -3, 1, 7]))
+        expected = adapt_oracle(x, bits, -3, choice)
+        if size > 5 and x.max() > 1e-30:  # sums of float32's smallest numbers have no oracle here
+            np.testing.assert_allclose(found.abs_sum, expected[2], rtol=1e-6)
+            np.testing.assert_allclose(found.error_sums, expected[3], rtol=1e-3, atol=2e-7 * expected[2])
+            assert (int(found.bits), int(found.exponent)) == expected[:2]
+            np.testing.assert_array_equal(found.exponents, expected[4])
+            chosen.add(expected[0])
+        planes, _ = xla_ops.quantize(x, found.bits, found.exponent, limbs=3)
+        used = xla_ops.limb_count(int(found.bits))
+        np.testing.assert_array_equal(found.planes[:used], planes[:used])
+        assert found.measured == 1 and found.nonfinite == 0
+    assert len(chosen) > 1
+
+
+def test_a_format_is_kept_where_nothing_is_due_or_nothing_has_a_range():
+    choice = xla_ops.Choice((8, 16, 24), "mean_magnitude", False, 0.02)
+    x = np.float32([1.0, 2.0, -3.0])
+    bad = np.float32([1.0, np.nan, -np.inf])
+    for value, due, measured, nonfinite in ((x, 0, 0, 0), (0 * x, 1, 1, 0), (bad, 1, 1, 2), (x[:0], 1, 1, 0)):
+        found = xla_ops.adapt(jnp.asarray(value), int32([16, -5, due, 0]), 0, choice)
+        assert (found.bits, found.exponent) == (16, -5)
+        assert (found.measured, found.nonfinite, found.abs_sum) == (measured, nonfinite, 0)
+        assert not found.error_sums.any() and not found.exponents.any()
+
+
+def test_vmapped_choices():
+    choice = xla_ops.Choice((8, 16, 24), "mean_magnitude", False, 0.02)
+    x = jnp.float32([[1.0, 2.0], [np.nan, 2.0], [100.0, 3.0]])
+    formats = int32([[8, 0, 1, 0]], [[8, 0, 1, 0]], [[16, -2, 0, 0]])
+    each = [xla_ops.adapt(v, f, 0, choice) for v, f in zip(x, formats, strict=True)]
+    together = jax.vmap(lambda v, f: xla_ops.adapt(v, f, 0, choice))(x, formats)
+    for i, one in enumerate(each):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i][:1], b[:1]) if b.ndim else None,
+                     together, one)  # fmt: skip
+        assert (together.bits[i], together.exponent[i]) == (one.bits, one.exponent)
+        assert together.nonfinite[i] == one.nonfinite
+
+
 # Errors
 
 
@@ -195,8 +273,8 @@ X, W = jnp.full((1, *G.shapes()["x"]), 128, jnp.uint8), jnp.full((1, *G.shapes()
             TypeError,
             "lhs must be uint8 .* got int8",
         ),
-        ("forward", X, W, (8, 0, 8), TypeError, r"formats must be int32 \(4,\), got int32 \(3,\)"),
-        ("forward", X, W, (8.0, 0, 8, 0), TypeError, r"got float32 \(4,\)"),
+        ("forward", X, W, (8, 0, 8), TypeError, r"formats must be four int32 scalars, got \["),
+        ("forward", X, W, (8.0, 0, 8, 0), TypeError, r"formats must be four int32 scalars, got \["),
     ],
 )
 def test_operands_that_do_not_fit(kind, lhs, rhs, formats, error, message):
@@ -269,4 +347,5 @@ def test_the_custom_call_checks_what_python_would(change, message):
     attributes = {"kind": 0, "geometry": G.numbers(), "isa": "auto"} | change
     call = jax.ffi.ffi_call("jax_apt_product", jax.ShapeDtypeStruct((1, 1, 1, 1, 2, 5), jnp.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(call(X, W, int32(8, 0, 8, 0), **attributes))
+        number = jnp.int32(8), jnp.int32(0), jnp.float32(0)
+        jax.block_until_ready(call(X, *number, W, *number, **attributes))

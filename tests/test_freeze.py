@@ -126,7 +126,7 @@ def weights_quantized(fn, *args):
     def walk(program):
         for eqn in program.jaxpr.eqns:
             name = eqn.params.get("target_name", eqn.primitive.name)
-            if name in ("round", "jax_apt_quantize"):
+            if name in ("round", "jax_apt_quantize", "jax_apt_adapt"):
                 shapes.append(versions.aval(eqn.invars[0]).shape)
             for body in versions.sub_jaxprs(eqn):
                 walk(body)

@@ -9,6 +9,7 @@ import pytest
 from helpers import codes as draw
 from helpers import container, conv_gradients_oracle, conv_oracle, dot_oracle, float32_oracle, planes_of
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 
 from jax_apt import Fixed, xla_ops
 from jax_apt.gemm_form import as_gemm
@@ -245,22 +246,50 @@ def test_extreme_exponents_lose_nothing(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [8, 16, 24])
-def test_marked_codes_take_the_whole_product_to_float32(bits, backend):
+def test_results_are_nan_where_a_value_was_not_finite(bits, backend):
     shapes = (3, 5), (5, 2)
     program = trace_programs(equation(jnp.matmul, *shapes), *shapes).forward
     rng = np.random.default_rng(bits)
     x, y = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    x[1, 2] = np.inf
     exponent = jnp.int32(3 - bits)
-    a, b = (quantize_operand(jnp.asarray(v), jnp.int32(bits), exponent, (bits,), backend) for v in (x, y))
-    assert (float(a.nonfinite), float(b.nonfinite)) == (1, 0)
-    value, weight = a.to_float32(), b.to_float32()
-    assert np.isinf(value[1, 2]) and np.isfinite(value).sum() == 14
-    np.testing.assert_allclose(value, x, atol=2.0 ** (3 - bits))
-    got = run(program, a, b, backend)
-    np.testing.assert_array_equal(got, value @ weight)
-    lost = run(program, a._replace(value=None), b, backend)  # a residual: only the mark is left
-    assert np.isnan(lost[1]).all() and np.array_equal(lost[np.array([0, 2])], got[np.array([0, 2])])
+
+    def product(x):
+        a, b = (quantize_operand(jnp.asarray(v), jnp.int32(bits), exponent, (bits,), backend) for v in (x, y))
+        return run(program, a, b, backend), a.nonfinite
+
+    finite, _ = product(x)
+    x[1, 2], x[1, 3] = np.inf, np.nan
+    got, count = product(x)
+    assert count == 2 and np.isnan(got[1]).all()
+    kept = np.array([0, 2])
+    np.testing.assert_allclose(got[kept], finite[kept], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not xla_ops.is_available(), reason="the custom calls are not built")
+@pytest.mark.parametrize("bits", [8, 24])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_marks_spread_as_values_do(name, bits):
+    """Of each operand of each product one value is marked: exactly what it contributes to is NaN."""
+    eqn, lhs_shape, rhs_shape, _ = conv_case(name)
+    rng = np.random.default_rng(bits)
+    for program in trace_programs(eqn, lhs_shape, rhs_shape):
+        values = [rng.normal(size=v.aval.shape).astype(np.float32) for v in program.jaxpr.jaxpr.invars]
+        for side in (0, 1):
+            marked = [value.copy() for value in values]
+            place = tuple(rng.integers(0, n) for n in marked[side].shape)
+            marked[side][place] = np.nan
+            ones = [np.ones_like(value) for value in values]
+            ones[side][:] = 0
+            ones[side][place] = 1
+            reached = jaxpr_as_fun(program.jaxpr)(*ones)[0] > 0
+            a, b = (
+                quantize_operand(jnp.asarray(v), jnp.int32(bits), jnp.int32(0), (bits,), "native")
+                for v in marked
+            )
+            is_nan = np.isnan(run(program, a, b, "native"))
+            if name == "batch_groups":  # run as one matrix with zeros between the groups
+                is_nan = is_nan & reached
+            np.testing.assert_array_equal(is_nan, reached)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -1,6 +1,7 @@
 """Fixed-point products on integer instructions: XLA custom calls for the CPU.
 
     quantize   float32 -> limb planes: byte i of (code + 2**(8 * limbs - 1)), limbs = ceil(bits / 8)
+    adapt      the same in a format that is first chosen, where an update is due
     product    one of the three products of a convolution, or of a matrix product, of such planes
     max_pool_gradient   float32, as XLA computes it, in a tenth of the time
 
@@ -14,6 +15,7 @@ import functools
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -22,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_apt.config import MEASURES
 from jax_apt.xla_ops.partitioning import partitioned
 
 _LIBRARY = pathlib.Path(__file__).with_name("libjax_apt_xla_ops.so")
-_TARGETS = ("jax_apt_product", "jax_apt_quantize", "jax_apt_max_pool_gradient")
+_TARGETS = ("jax_apt_product", "jax_apt_quantize", "jax_apt_adapt", "jax_apt_max_pool_gradient")
 _KINDS = ("forward", "input_gradient", "filter_gradient")
 
 Kind = Literal["forward", "input_gradient", "filter_gradient"]
@@ -118,26 +121,95 @@ def quantize(x: Array, bits, exponent, *, limbs: int, isa: str = "auto") -> tupl
         raise ValueError(f"quantize: limbs must be 1, 2 or 3, got {limbs!r}")
     if x.dtype != jnp.float32:
         raise TypeError(f"quantize: x must be float32, got {x.dtype}")
-    formats = jnp.stack([jnp.asarray(bits, jnp.int32), jnp.asarray(exponent, jnp.int32)])
     dims = tuple(f"d{i}" for i in range(x.ndim))
     run = partitioned(
         partial(_quantize, limbs=limbs, isa=isa),
-        (dims, ("format",)),
+        (dims, (), ()),
         (("limb", *dims), ()),
-        frozenset({"limb", "format"}),
+        frozenset({"limb"}),
     )
-    planes, nonfinite = run(x, formats)
+    planes, nonfinite = run(x, jnp.asarray(bits, jnp.int32), jnp.asarray(exponent, jnp.int32))
     return planes, nonfinite
 
 
-def _quantize(parts, x: Array, formats: Array, *, limbs: int, isa: str) -> tuple[Array, Array]:
+def _quantize(parts, x: Array, bits: Array, exponent: Array, *, limbs: int, isa: str) -> tuple[Array, Array]:
     results = (
         jax.ShapeDtypeStruct((limbs, *x.shape), jnp.uint8),
         jax.ShapeDtypeStruct((), jnp.float32),
     )
     call = jax.ffi.ffi_call("jax_apt_quantize", results, vmap_method="broadcast_all")
-    planes, nonfinite = call(x, formats, isa=isa)
+    planes, nonfinite = call(x, bits, exponent, isa=isa)
     return planes, nonfinite
+
+
+class Choice(NamedTuple):
+    """How `adapt` chooses a format; the method is that of `jax_apt.qem` and `jax_apt.qpa`."""
+
+    widths: tuple[int, ...]  # candidates, ascending; the last may be repeated; at most 23
+    measure: str  # one of `jax_apt.config.MEASURES`
+    is_restart: bool  # the search begins at the narrowest width, not at that in use
+    limit: float  # largest |error sum| / sum|x| that needs no wider format
+
+
+class Adapted(NamedTuple):
+    """A tensor in limb planes, its format, and what was measured: zeros where nothing was due."""
+
+    planes: Array  # uint8 (limbs, *shape)
+    bits: Array  # int32 ()
+    exponent: Array  # int32 ()
+    nonfinite: Array  # float32 (): NaN and infinite values
+    measured: Array  # float32 (): 1 if an update was due
+    abs_sum: Array  # float32 (): sum|x|; 0 for a tensor without a range: zeros alone, or with NaN
+    error_sums: Array  # float32 (W,)
+    exponents: Array  # int32 (W,): what the largest magnitude needs at each width
+
+
+def adapt(x: Array, formats: Array, row: int, choice: Choice, *, isa: str = "auto") -> Adapted:
+    """`quantize` in the format of a row of a table; where the row asks for it, a new one is chosen first.
+
+    Sums are kept in double, part by part in a fixed order: they do not depend on the number of threads, and
+    differ from XLA's float32 sums by rounding alone. For arrays that are on one device as a whole.
+
+    Args:
+      x: float32, any shape.
+      formats: int32 (rows, 4): bits, exponent, whether to measure (1), and the training step.
+      row: of `formats`.
+      choice: how a format is chosen.
+      isa: instruction set, "auto" or one of `available_isas()`.
+
+    Raises:
+      ValueError: a row, a width or a measure is wrong, or an ISA cannot run here.
+      TypeError: `x` is not float32, or `formats` not int32.
+      RuntimeError: the library is not available.
+    """
+    _check_isa(isa)
+    if x.dtype != jnp.float32 or formats.dtype != jnp.int32:
+        raise TypeError(f"adapt: x and formats must be float32 and int32, got {x.dtype} and {formats.dtype}")
+    if formats.ndim != 2 or formats.shape[1] != 4 or not 0 <= row < formats.shape[0]:
+        raise ValueError(f"adapt: formats must be (rows, 4) and have row {row}, got shape {formats.shape}")
+    if choice.measure not in MEASURES or not 1 <= len(choice.widths) <= 23:
+        raise ValueError(f"adapt: measure must be one of {', '.join(MEASURES)}, widths 1 to 23; got {choice}")
+    widths, scalar = len(choice.widths), jax.ShapeDtypeStruct((), jnp.float32)
+    integer = jax.ShapeDtypeStruct((), jnp.int32)
+    results = Adapted(
+        jax.ShapeDtypeStruct((limb_count(choice.widths[-1]), *x.shape), jnp.uint8),
+        integer,
+        integer,
+        scalar,
+        scalar,
+        scalar,
+        jax.ShapeDtypeStruct((widths,), jnp.float32),
+        jax.ShapeDtypeStruct((widths,), jnp.int32),
+    )
+    call = jax.ffi.ffi_call("jax_apt_adapt", tuple(results), vmap_method="broadcast_all")
+    attributes = {
+        "row": row,
+        "widths": np.asarray(choice.widths, np.int64),
+        "measure": MEASURES.index(choice.measure),
+        "is_restart": int(choice.is_restart),
+        "limit": np.float32(choice.limit),
+    }
+    return Adapted(*call(x, formats, **attributes, isa=isa))
 
 
 # Products
@@ -183,7 +255,14 @@ _OPERANDS = {"forward": "xwy", "input_gradient": "ywx", "filter_gradient": "xyw"
 
 
 def product(
-    kind: Kind, geometry: Geometry, lhs: Array, rhs: Array, formats: Array, *, isa: str = "auto"
+    kind: Kind,
+    geometry: Geometry,
+    lhs: Array,
+    rhs: Array,
+    formats: Sequence[Array] | Array,
+    *,
+    nonfinite: tuple[Array, Array] | None = None,
+    isa: str = "auto",
 ) -> Array:
     """One of the three products of a convolution, exact.
 
@@ -192,13 +271,14 @@ def product(
         filter_gradient  (x, dy) -> dw
 
     Every element of the result is the exact sum of products of codes, rounded once to float32, times
-    2**(lhs_exponent + rhs_exponent). Planes must mark no value as not finite.
+    2**(lhs_exponent + rhs_exponent); NaN if a value contributes to it that was NaN or infinite.
 
     Args:
       kind: which product.
       geometry: of the convolution whose product it is.
       lhs, rhs: uint8 limb planes `(limbs, *shape)`, shapes as `geometry.shapes()` has them.
-      formats: int32 (4,): lhs bits, lhs exponent, rhs bits, rhs exponent. Run-time values.
+      formats: four int32 scalars: lhs bits, lhs exponent, rhs bits, rhs exponent. Run-time values.
+      nonfinite: float32 scalars, how many values of lhs and of rhs were not finite; None: none.
       isa: instruction set, "auto" or one of `available_isas()`.
 
     Returns:
@@ -219,12 +299,15 @@ def product(
             raise TypeError(f"product: {name} must be uint8 limb planes, got {planes.dtype}")
         if planes.shape[1:] != shape:
             raise ValueError(f"product: {name} has planes of shape {planes.shape[1:]}, not {shape}")
-    if formats.dtype != jnp.int32 or formats.shape != (4,):
-        raise TypeError(f"product: formats must be int32 (4,), got {formats.dtype} {formats.shape}")
+    formats = list(formats)
+    if len(formats) != 4 or any(f.dtype != jnp.int32 or f.shape != () for f in formats):
+        raise TypeError(f"product: formats must be four int32 scalars, got {formats}")
+    lhs_bad, rhs_bad = nonfinite or (jnp.float32(0), jnp.float32(0))
     call = jax.ffi.ffi_call(
         "jax_apt_product", jax.ShapeDtypeStruct(result, jnp.float32), vmap_method="broadcast_all"
     )
-    return call(lhs, rhs, formats, kind=_KINDS.index(kind), geometry=geometry.numbers(), isa=isa)
+    operands = lhs, *formats[:2], lhs_bad, rhs, *formats[2:], rhs_bad
+    return call(*operands, kind=_KINDS.index(kind), geometry=geometry.numbers(), isa=isa)
 
 
 # Max pooling

@@ -43,7 +43,7 @@ def partitioned(
     Returns:
       A function of the operands. Under `vmap` the new dimension can be split as well.
     """
-    if not _may_be_split():
+    if not may_be_split():
         return partial(call, {})
     split = custom_partitioning(lambda *args: call({}, *args))
     split.def_partition(
@@ -70,7 +70,7 @@ def partitioned(
     return run
 
 
-def _may_be_split() -> bool:
+def may_be_split() -> bool:
     """Whether a partitioner will see the call: not with one device, nor where every axis is manual."""
     mesh = jax.sharding.get_abstract_mesh()
     is_manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)

@@ -21,23 +21,13 @@ class PoolGradient {
           const int taps = FindPixels(z, y, w, pixels);
           const float* gradient = dy + number * p.inner;
           int64_t c = 0;
-          for (; c + kLanes <= inner; c += kLanes)
-            AddWindow<Floats, Ints>(pixels, taps, x + c, gradient + c, dx + c);
+          for (; c + kFloatLanes <= inner; c += kFloatLanes)
+            AddWindow<FloatLanes, IntLanes>(pixels, taps, x + c, gradient + c, dx + c);
           for (; c < inner; ++c) AddWindow<float, int32_t>(pixels, taps, x + c, gradient + c, dx + c);
         }
   }
 
  private:
-#if defined(__AVX512F__)
-  static constexpr int64_t kLanes = 16;
-#elif defined(__AVX2__)
-  static constexpr int64_t kLanes = 8;
-#else
-  static constexpr int64_t kLanes = 4;
-#endif
-  using Floats = float __attribute__((vector_size(4 * kLanes)));
-  using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
-
   const Pool& p;
   const float *x, *dy;
   float* dx;
@@ -63,30 +53,19 @@ class PoolGradient {
     Value largest = Value{} + __builtin_nanf("");  // gives way to the first
     Place place = Place{} - 1;
     for (int t = 0; t < taps; ++t) {
-      const Value value = pixels[t] < 0 ? Value{} - __builtin_inff() : Load<Value>(x + pixels[t] * p.inner);
+      const Value value =
+          pixels[t] < 0 ? Value{} - __builtin_inff() : LoadFloats<Value>(x + pixels[t] * p.inner);
       const auto is_kept = largest >= value;
       largest = is_kept ? largest : value;
       place = is_kept ? place : Place{} + pixels[t];
     }
-    const Value add = Load<Value>(gradient);
+    const Value add = LoadFloats<Value>(gradient);
     for (int t = 0; t < taps; ++t) {
       if (pixels[t] < 0) continue;
       float* to = dx + pixels[t] * p.inner;
-      const Value sum = Load<Value>(to);
-      Store(to, place == Place{} + pixels[t] ? sum + add : sum);
+      const Value sum = LoadFloats<Value>(to);
+      StoreFloats(to, place == Place{} + pixels[t] ? sum + add : sum);
     }
-  }
-
-  template <class Value>
-  static Value Load(const float* from) {
-    Value value;
-    __builtin_memcpy(&value, from, sizeof value);
-    return value;
-  }
-
-  template <class Value>
-  static void Store(float* to, Value value) {
-    __builtin_memcpy(to, &value, sizeof value);
   }
 };
 

@@ -85,6 +85,12 @@ struct Plan;
 using QuantizeFn = int64_t (*)(const float* x, int64_t count, int bits, int exponent, uint8_t* planes,
                                int64_t stride);
 
+// Largest magnitude of the values, as the bits of a float, and their sum|x|.
+using MeasureRangeFn = void (*)(const float* x, int64_t count, int32_t* largest, double* abs_sum);
+
+// sum(|x| - |x^|), or sum|x - x^|, of the values quantized.
+using MeasureErrorFn = double (*)(const float* x, int64_t count, int bits, int exponent, bool is_elementwise);
+
 constexpr int kMaxPoolTaps = 1024;  // of a window
 
 // Max pooling: x (..., *in, inner), y (..., *out, inner):
@@ -103,6 +109,8 @@ struct Kernels {
   KernelShape shape;
   void (*run)(const Plan&, const Product&, uint8_t* scratch, Parallel&);
   QuantizeFn quantize;
+  MeasureRangeFn measure_range;
+  MeasureErrorFn measure_error;
   MaxPoolGradientFn max_pool_gradient;
   const Kernels* nonnegative;  // quicker for lhs without negative codes, or null
 };

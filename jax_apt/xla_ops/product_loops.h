@@ -548,6 +548,8 @@ class Driver {
 };
 
 #include "depthwise_loops.h"
+#include "float_lanes.h"
+#include "measure_loops.h"
 #include "pool_loops.h"
 #include "quantize_loops.h"
 
@@ -570,5 +572,5 @@ constexpr Kernels KernelsOf(const char* name, const Kernels* nonnegative = nullp
   constexpr KernelShape kShape = {
       K::kMr, K::kNr,     K::kRowUnit,     K::kDepthUnit,    sizeof(typename K::Lhs),
       K::kKc, K::kSerial, K::kHasWinograd, K::kIsNonnegative};
-  return {name, kShape, RunProduct<K>, Quantize, MaxPoolGradient, nonnegative};
+  return {name, kShape, RunProduct<K>, Quantize, MeasureRange, MeasureError, MaxPoolGradient, nonnegative};
 }

@@ -1,10 +1,12 @@
 // XLA's view of the kernels: unpacks and validates buffers, and exports the FFI handlers.
-#include <atomic>
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "call.h"
 #include "dispatch.h"
+#include "nonfinite.h"
+#include "quantize.h"
 #include "run.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
@@ -13,9 +15,6 @@ namespace ffi = xla::ffi;
 
 namespace jax_apt {
 namespace {
-
-constexpr int64_t kSerialValues = 1 << 19;  // quantized on the calling thread alone
-constexpr int64_t kTaskValues = 1 << 15;
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument(message); }
 
@@ -33,96 +32,143 @@ ffi::Error FindIsa(const char* op, std::string_view isa, const Kernels** kernels
 
 // ---- Product
 
-ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs, ffi::Buffer<ffi::U8> rhs,
-                       ffi::Buffer<ffi::S32> formats, ffi::ResultBuffer<ffi::F32> out, int64_t kind,
-                       ffi::Span<const int64_t> geometry, std::string_view isa) {
+// One operand of a batch of products.
+struct Planes {
+  ffi::Buffer<ffi::U8> planes;
+  ffi::Buffer<ffi::S32> bits, exponent;
+  ffi::Buffer<ffi::F32> nonfinite;
+
+  const uint8_t* At(int64_t b, int64_t batch) const {
+    return planes.typed_data() + b * (static_cast<int64_t>(planes.element_count()) / batch);
+  }
+  bool HoldsPlanes(int64_t b, int64_t batch, int64_t bytes) const {
+    return static_cast<int64_t>(planes.element_count()) >= batch * bytes * LimbCount(bits.typed_data()[b]);
+  }
+};
+
+ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs_planes, ffi::Buffer<ffi::S32> lhs_bits,
+                       ffi::Buffer<ffi::S32> lhs_exponent, ffi::Buffer<ffi::F32> lhs_nonfinite,
+                       ffi::Buffer<ffi::U8> rhs_planes, ffi::Buffer<ffi::S32> rhs_bits,
+                       ffi::Buffer<ffi::S32> rhs_exponent, ffi::Buffer<ffi::F32> rhs_nonfinite,
+                       ffi::ResultBuffer<ffi::F32> out, int64_t kind, ffi::Span<const int64_t> geometry,
+                       std::string_view isa) {
+  const Planes lhs{lhs_planes, lhs_bits, lhs_exponent, lhs_nonfinite},
+      rhs{rhs_planes, rhs_bits, rhs_exponent, rhs_nonfinite};
   Call call;
   if (const char* error = call.Read(kind, geometry.begin(), static_cast<int64_t>(geometry.size())))
     return Invalid(std::string("product: ") + error);
   const Kernels* kernels;
   if (auto error = FindIsa("product", isa, &kernels); error.failure()) return error;
-  const int64_t batch = static_cast<int64_t>(formats.element_count()) / 4;
-  const auto lhs_size = static_cast<int64_t>(lhs.element_count());
-  const auto rhs_size = static_cast<int64_t>(rhs.element_count());
+  const auto batch = static_cast<int64_t>(lhs_bits.element_count());
   if (static_cast<int64_t>(out->element_count()) != batch * call.matrices * call.OutSize())
     return Invalid("product: the result has " + std::to_string(out->element_count()) + " elements, not " +
                    std::to_string(batch * call.matrices * call.OutSize()));
   if (out->element_count() == 0) return ffi::Error::Success();
   std::vector<Product> products;
   for (int64_t b = 0; b < batch; ++b) {
-    const int32_t* f = formats.typed_data() + 4 * b;
+    const int32_t f[] = {lhs_bits.typed_data()[b], lhs_exponent.typed_data()[b], rhs_bits.typed_data()[b],
+                         rhs_exponent.typed_data()[b]};
     const Product checked{call.kind, call.geometry, {{}, f[0], f[1]}, {{}, f[2], f[3]}, nullptr};
     int64_t value;
     if (const char* error = FindError(checked, &value))
       return Invalid(std::string("product: ") + error + ", got " + std::to_string(value));
-    const int64_t lhs_bytes = call.matrices * call.LhsSize(), rhs_bytes = call.matrices * call.RhsSize();
-    if (lhs_size < batch * lhs_bytes * LimbCount(f[0]) || rhs_size < batch * rhs_bytes * LimbCount(f[2]))
+    if (!lhs.HoldsPlanes(b, batch, call.matrices * call.LhsSize()) ||
+        !rhs.HoldsPlanes(b, batch, call.matrices * call.RhsSize()))
       return Invalid("product: " + std::to_string(f[0]) + " x " + std::to_string(f[2]) +
                      " bits need more planes than the operands have");
     for (int64_t i = 0; i < call.matrices; ++i)
-      products.push_back(call.At(i, lhs.typed_data() + b * (lhs_size / batch),
-                                 rhs.typed_data() + b * (rhs_size / batch), f,
+      products.push_back(call.At(i, lhs.At(b, batch), rhs.At(b, batch), f,
                                  out->typed_data() + b * call.matrices * call.OutSize()));
   }
   Team team = MakeTeam(pool, IsSmall(*kernels, products[0], static_cast<int64_t>(products.size())));
-  if (RunProducts(*kernels, products, team)) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "product: no memory for scratch");
+  if (!RunProducts(*kernels, products, team))
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "product: no memory for scratch");
+  for (int64_t b = 0; b < batch; ++b)
+    if (lhs_nonfinite.typed_data()[b] != 0 || rhs_nonfinite.typed_data()[b] != 0)
+      for (int64_t i = 0; i < call.matrices; ++i) SpreadNonfinite(products[b * call.matrices + i]);
+  return ffi::Error::Success();
 }
 
 // ---- Quantization
 
-struct QuantizeTasks {
-  const Kernels& kernels;
-  const float* x;
-  const int32_t* formats;
-  uint8_t* planes;
-  int64_t count, limbs;  // of one tensor
-  int64_t chunk, chunks;
-  std::atomic<int64_t>* nonfinite;
+ffi::Error CheckFormat(Format format, int64_t limbs) {
+  if (format.bits < 2 || format.bits > 8 * std::min<int64_t>(limbs, kMaxLimbs))
+    return Invalid("quantize: bits must be in 2.." + std::to_string(8 * limbs) + ", got " +
+                   std::to_string(format.bits));
+  if (format.exponent < -126 || format.exponent > 126)
+    return Invalid("quantize: exponent must be in -126..126, got " + std::to_string(format.exponent));
+  return ffi::Error::Success();
+}
 
-  static void Run(void* context, int64_t task, int) {
-    const auto& self = *static_cast<const QuantizeTasks*>(context);
-    const int64_t b = task / self.chunks, start = task % self.chunks * self.chunk;
-    const int64_t bad = self.kernels.quantize(
-        self.x + b * self.count + start, std::min(self.chunk, self.count - start), self.formats[2 * b],
-        self.formats[2 * b + 1], self.planes + b * self.limbs * self.count + start, self.count);
-    if (bad != 0) self.nonfinite[b].fetch_add(bad, std::memory_order_relaxed);
-  }
-};
-
-ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> formats,
-                        ffi::ResultBuffer<ffi::U8> planes, ffi::ResultBuffer<ffi::F32> nonfinite,
-                        std::string_view isa) {
+ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> bits,
+                        ffi::Buffer<ffi::S32> exponents, ffi::ResultBuffer<ffi::U8> planes,
+                        ffi::ResultBuffer<ffi::F32> nonfinite, std::string_view isa) {
   const Kernels* kernels;
   if (auto error = FindIsa("quantize", isa, &kernels); error.failure()) return error;
-  const int64_t batch = static_cast<int64_t>(formats.element_count()) / 2;
-  const auto size = static_cast<int64_t>(x.element_count());
+  const auto batch = static_cast<int64_t>(bits.element_count()),
+             size = static_cast<int64_t>(x.element_count());
   if (static_cast<int64_t>(nonfinite->element_count()) != batch || (batch != 0 && size % batch != 0))
     return Invalid("quantize: " + std::to_string(batch) + " formats for " + std::to_string(size) + " values");
   for (int64_t b = 0; b < batch; ++b) nonfinite->typed_data()[b] = 0;
   if (size == 0) return ffi::Error::Success();
-  const int64_t limbs = static_cast<int64_t>(planes->element_count()) / size;
+  const int64_t limbs = static_cast<int64_t>(planes->element_count()) / size, count = size / batch;
+  Team team = MakeTeam(pool, size <= kSerialValues);
   for (int64_t b = 0; b < batch; ++b) {
-    const int32_t bits = formats.typed_data()[2 * b], exponent = formats.typed_data()[2 * b + 1];
-    if (bits < 2 || bits > 8 * std::min<int64_t>(limbs, kMaxLimbs))
-      return Invalid("quantize: bits must be in 2.." + std::to_string(8 * limbs) + ", got " +
-                     std::to_string(bits));
-    if (exponent < -126 || exponent > 126)
-      return Invalid("quantize: exponent must be in -126..126, got " + std::to_string(exponent));
+    const Format format{bits.typed_data()[b], exponents.typed_data()[b]};
+    if (auto error = CheckFormat(format, limbs); error.failure()) return error;
+    nonfinite->typed_data()[b] =
+        static_cast<float>(QuantizeTensor(*kernels, x.typed_data() + b * count, count, format,
+                                          planes->typed_data() + b * limbs * count, count, team));
   }
-  const int64_t count = size / batch, chunk = std::min<int64_t>(count, kTaskValues);
-  std::vector<std::atomic<int64_t>> bad(batch);
-  QuantizeTasks tasks{*kernels,
-                      x.typed_data(),
-                      formats.typed_data(),
-                      planes->typed_data(),
-                      count,
-                      limbs,
-                      chunk,
-                      (count + chunk - 1) / chunk,
-                      bad.data()};
-  MakeTeam(pool, size <= kSerialValues).Run(batch * tasks.chunks, QuantizeTasks::Run, &tasks);
-  for (int64_t b = 0; b < batch; ++b) nonfinite->typed_data()[b] = static_cast<float>(bad[b].load());
+  return ffi::Error::Success();
+}
+
+constexpr int64_t kFormatFields = 4;  // bits, exponent, whether to measure, training step
+
+ffi::Error ReadChoice(ffi::Span<const int64_t> widths, int64_t measure, int64_t is_restart, float limit,
+                      Choice* choice) {
+  if (widths.size() == 0 || widths.size() > kMaxWidths || measure < 0 || measure > 2)
+    return Invalid("adapt: the candidate widths or the measure are wrong");
+  *choice = {{}, static_cast<int>(widths.size()), static_cast<Measure>(measure), is_restart != 0, limit};
+  std::copy(widths.begin(), widths.end(), choice->widths);
+  return ffi::Error::Success();
+}
+
+ffi::Error AdaptImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> formats,
+                     ffi::ResultBuffer<ffi::U8> planes, ffi::ResultBuffer<ffi::S32> bits,
+                     ffi::ResultBuffer<ffi::S32> exponents, ffi::ResultBuffer<ffi::F32> nonfinite,
+                     ffi::ResultBuffer<ffi::F32> measured, ffi::ResultBuffer<ffi::F32> abs_sums,
+                     ffi::ResultBuffer<ffi::F32> error_sums, ffi::ResultBuffer<ffi::S32> needed, int64_t row,
+                     ffi::Span<const int64_t> widths, int64_t measure, int64_t is_restart, float limit,
+                     std::string_view isa) {
+  const Kernels* kernels;
+  if (auto error = FindIsa("adapt", isa, &kernels); error.failure()) return error;
+  Choice choice;
+  if (auto error = ReadChoice(widths, measure, is_restart, limit, &choice); error.failure()) return error;
+  const auto batch = static_cast<int64_t>(bits->element_count()),
+             size = static_cast<int64_t>(x.element_count());
+  if (batch == 0) return ffi::Error::Success();
+  const int64_t rows = static_cast<int64_t>(formats.element_count()) / (batch * kFormatFields);
+  const int64_t limbs = LimbCount(choice.widths[choice.count - 1]), count = size / batch;
+  if (row < 0 || row >= rows || static_cast<int64_t>(planes->element_count()) != limbs * size)
+    return Invalid("adapt: the buffers do not fit together");
+  Team team = MakeTeam(pool, size <= kSerialValues);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* fields = formats.typed_data() + (b * rows + row) * kFormatFields;
+    const float* values = x.typed_data() + b * count;
+    Format format{fields[0], fields[1]};
+    Statistics found{};
+    if (fields[2] == 1) format = ChooseFormat(*kernels, values, count, choice, format, &found, team);
+    if (auto error = CheckFormat(format, limbs); error.failure()) return error;
+    bits->typed_data()[b] = format.bits;
+    exponents->typed_data()[b] = format.exponent;
+    measured->typed_data()[b] = fields[2] == 1 ? 1 : 0;
+    abs_sums->typed_data()[b] = found.abs_sum;
+    std::copy(found.error_sums, found.error_sums + choice.count, error_sums->typed_data() + b * choice.count);
+    std::copy(found.exponents, found.exponents + choice.count, needed->typed_data() + b * choice.count);
+    nonfinite->typed_data()[b] = static_cast<float>(QuantizeTensor(
+        *kernels, values, count, format, planes->typed_data() + b * limbs * count, count, team));
+  }
   return ffi::Error::Success();
 }
 
@@ -205,8 +251,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_product, jax_apt::ProductImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::U8>>()   // lhs (batch, limbs, ...)
-                                  .Arg<ffi::Buffer<ffi::U8>>()   // rhs (batch, limbs, ...)
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // formats (batch, 4)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // its bits (batch)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // its exponent (batch)
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // its values that are not finite (batch)
+                                  .Arg<ffi::Buffer<ffi::U8>>()   // rhs, likewise
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("kind")
                                   .Attr<ffi::Span<const int64_t>>("geometry")
@@ -216,9 +267,30 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_quantize, jax_apt::QuantizeImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()  // x (batch, ...)
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // formats (batch, 2)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // bits (batch)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // exponents (batch)
                                   .Ret<ffi::Buffer<ffi::U8>>()   // planes (batch, limbs, ...)
                                   .Ret<ffi::Buffer<ffi::F32>>()  // values that were not finite (batch)
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_adapt, jax_apt::AdaptImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // x (batch, ...)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // formats in use (batch, rows, 4)
+                                  .Ret<ffi::Buffer<ffi::U8>>()   // planes (batch, limbs, ...)
+                                  .Ret<ffi::Buffer<ffi::S32>>()  // bits (batch)
+                                  .Ret<ffi::Buffer<ffi::S32>>()  // exponents (batch)
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // values that were not finite (batch)
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // 1 where it was measured (batch)
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // sum|x| (batch)
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // error sums (batch, widths)
+                                  .Ret<ffi::Buffer<ffi::S32>>()  // exponents needed (batch, widths)
+                                  .Attr<int64_t>("row")
+                                  .Attr<ffi::Span<const int64_t>>("widths")
+                                  .Attr<int64_t>("measure")
+                                  .Attr<int64_t>("is_restart")
+                                  .Attr<float>("limit")
                                   .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_max_pool_gradient, jax_apt::MaxPoolGradientImpl,

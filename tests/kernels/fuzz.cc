@@ -1,6 +1,6 @@
-// Random products, quantizations and pooling gradients on every ISA that can run, from several threads at
-// once, equal bit for bit to naive int64 loops. Without Python and XLA, so that it runs under emulators and
-// sanitizers.
+// Random products, quantizations, choices of formats and pooling gradients on every ISA that can run, from
+// several threads at once, equal bit for bit to naive int64 loops. Without Python and XLA, so that it runs
+// under emulators and sanitizers.
 //
 //   kernel_fuzz [cases of each caller] [callers] [seed] [ISAs, separated by commas]
 #include <cmath>
@@ -16,6 +16,8 @@
 
 #include "call.h"
 #include "dispatch.h"
+#include "nonfinite.h"
+#include "quantize.h"
 #include "run.h"
 #include "team.h"
 
@@ -194,6 +196,35 @@ bool CheckProduct(Random& random, const std::vector<const Kernels*>& all) {
   return true;
 }
 
+// Marked values make all that they contribute to NaN and nothing else.
+bool CheckMarks(Random& random) {
+  const Numbers geometry = DrawConvolution(random);
+  const int64_t kind = random.Int(0, 2);
+  const int32_t formats[4] = {static_cast<int32_t>(random.Int(2, 24)), 0,
+                              static_cast<int32_t>(random.Int(2, 24)), 0};
+  Call call;
+  if (call.Read(kind, geometry.data(), kGeometrySize) != nullptr) return false;
+  const int64_t sizes[2] = {call.LhsSize(), call.RhsSize()};
+  std::vector<int32_t> marks[2], ones[2];
+  std::vector<uint8_t> planes[2];
+  for (int side = 0; side < 2; ++side) {
+    for (int64_t i = 0; i < sizes[side]; ++i) marks[side].push_back(random.Int(0, 20) == 0 ? 1 : 0);
+    ones[side].assign(sizes[side], 1);
+    for (int limb = 0; limb < LimbCount(formats[2 * side]); ++limb)
+      for (const int32_t mark : marks[side]) planes[side].push_back(mark != 0 ? 0 : 129);
+  }
+  std::vector<float> out(call.OutSize(), 7.0F);
+  SpreadNonfinite(call.At(0, planes[0].data(), planes[1].data(), formats, out.data()));
+  const std::vector<int64_t> of_lhs = SumsOf(call, marks[0].data(), ones[1].data());
+  const std::vector<int64_t> of_rhs = SumsOf(call, ones[0].data(), marks[1].data());
+  for (size_t i = 0; i < out.size(); ++i)
+    if (std::isnan(out[i]) != (of_lhs[i] + of_rhs[i] > 0)) {
+      std::printf("marks: %s, element %zu\n", Describe("any ISA", kind, geometry, formats).c_str(), i);
+      return false;
+    }
+  return true;
+}
+
 // ---- Quantization
 
 // Ties, values just beside them and outside the range, and such that are not finite.
@@ -233,6 +264,60 @@ bool CheckQuantization(Random& random, const std::vector<const Kernels*>& all) {
       continue;
     std::printf("%s: %d bits, exponent %d, %lld values\n", kernels->name, bits, exponent,
                 static_cast<long long>(count));
+    return false;
+  }
+  return true;
+}
+
+// Sums against double, exponents and the choice against what follows from those; the same with any team.
+bool CheckChoice(Random& random, const std::vector<const Kernels*>& all) {
+  const int64_t count = random.Pick({1, 15, 1000, 40000, random.Int(1, 100000)});
+  const double spread = static_cast<double>(random.Int(0, 6)) / 2;  // of magnitudes: few and many outliers
+  std::vector<float> x(count);
+  double abs_sum = 0, largest = 0;
+  for (float& value : x) {
+    value = static_cast<float>(std::exp(spread * (static_cast<double>(random.Int(-300, 300)) / 100)));
+    value *= static_cast<float>(random.Int(-9, 9));
+    abs_sum += std::fabs(value), largest = std::fmax(largest, std::fabs(value));
+  }
+  const Choice choice{{8, 16, 24}, 3, static_cast<Measure>(random.Int(0, 2)), random.Int(0, 1) != 0, 0.02F};
+  const Format in_use{static_cast<int>(random.Pick({8, 16})), 5};
+  const auto error_at = [&](int bits, int exponent) {
+    const double most = std::ldexp(1, bits - 1) - 1;
+    double sum = 0;
+    for (const float value : x) {
+      const double code = std::nearbyint(std::ldexp(double{value}, -exponent));
+      const double rounded = std::ldexp(std::fmax(-most, std::fmin(most, code)), exponent);
+      sum += choice.measure == Measure::kElementwise ? std::fabs(value - rounded)
+                                                     : std::fabs(value) - std::fabs(rounded);
+    }
+    return choice.measure == Measure::kResolution ? std::ldexp(static_cast<double>(count), exponent - 2)
+                                                  : sum;
+  };
+  for (const Kernels* kernels : all) {
+    Statistics found[2];
+    Format formats[2];
+    for (int i = 0; i < 2; ++i) {
+      Helpers helpers;
+      Team team = helpers.MakeTeam(i == 0 ? 1 : static_cast<int>(random.Int(2, 3)));
+      formats[i] = ChooseFormat(*kernels, x.data(), count, choice, in_use, &found[i], team);
+    }
+    bool is_right = std::memcmp(&found[0], &found[1], sizeof(Statistics)) == 0 &&
+                    std::memcmp(&formats[0], &formats[1], sizeof(Format)) == 0;
+    is_right &= std::fabs(found[0].abs_sum - abs_sum) <= 1e-5 * abs_sum;
+    int chosen = largest == 0 ? -1 : choice.is_restart || in_use.bits == 8 ? 0 : 1;
+    for (int w = 0; w < 3 && largest > 0; ++w) {
+      const int bits = choice.widths[w], exponent = found[0].exponents[w];
+      const double most = std::ldexp(1, bits - 1) - 1;
+      is_right &= std::ldexp(most, exponent) >= largest && std::ldexp(most, exponent - 1) < largest;
+      is_right &= std::fabs(found[0].error_sums[w] - error_at(bits, exponent)) <= 1e-6 * abs_sum;
+      if (w == chosen && w < 2 && std::fabs(found[0].error_sums[w]) / found[0].abs_sum > choice.limit)
+        ++chosen;
+    }
+    is_right &= formats[0].bits == (chosen < 0 ? in_use.bits : choice.widths[chosen]);
+    if (is_right) continue;
+    std::printf("%s: choice among %lld values by measure %d\n", kernels->name, static_cast<long long>(count),
+                static_cast<int>(choice.measure));
     return false;
   }
   return true;
@@ -328,7 +413,8 @@ int Main(int count, char** arguments) {
     threads.emplace_back([&, caller] {
       Random random(static_cast<uint64_t>(seed * callers + caller));
       for (int64_t i = 0; i < cases && failures == 0; ++i)
-        if (!CheckProduct(random, all) || !CheckQuantization(random, all) || !CheckPool(random, all))
+        if (!CheckProduct(random, all) || !CheckMarks(random) || !CheckQuantization(random, all) ||
+            !CheckChoice(random, all) || !CheckPool(random, all))
           ++failures;
     });
   for (std::thread& thread : threads) thread.join();
