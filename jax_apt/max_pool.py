@@ -40,7 +40,7 @@ def max_pool(eqn: JaxprEqn, x: Array) -> Array:
         return (versions.as_varying(xla_ops.max_pool_gradient(x, dy, _pool(eqn)), axes),)
 
     pooled.defvjp(lambda x: (pooled(x), x), gradient)
-    return pooled(reverse_once(x))
+    return pooled(*reverse_once([x]))
 
 
 def _pool(eqn: JaxprEqn) -> xla_ops.Pool:

@@ -91,7 +91,7 @@ WITHOUT_PRODUCT = _names("""
     dim_as_value dimension_size div dynamic_slice dynamic_update_slice empty empty2 empty_ref eq eq_to
     erf erf_inv erfc exp exp2 expm1 fft floor free_ref freeze from_edtype gather ge get
     global_array_to_host_local_array gt host_local_array_to_global_array igamma igamma_grad_a igammac
-    imag inspect_sharding integer_pow iota is_finite jax_apt_reverse_once jax_apt_tangent
+    imag inspect_sharding integer_pow iota is_finite jax_apt_once jax_apt_tangent
     layout_constraint le le_to lgamma log log1p log2 log_read logistic lt lt_to lu_pivots_to_permutation
     max min mul name ne neg new_box new_log new_ref nextafter not one_minus_square optimization_barrier
     or pack pad pbroadcast pbroadcast_done pbroadcast_start philox2x32 philox4x32 pin platform_index

@@ -282,13 +282,14 @@ class _Replayer:
         return versions.bind(eqn, inputs)
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
-        lhs, rhs = (reverse_once(x.astype(jnp.float32)) for x in inputs)
+        lhs, rhs = reverse_once([x.astype(jnp.float32) for x in inputs])
         out = versions.aval(eqn.outvars[0])
         if self.mesh_axes and (left := versions.explicit_axes(out)):
             why = _PARTLY_EXPLICIT.format(node.layer, ", ".join(self.mesh_axes), ", ".join(left))
             lhs, rhs = refuse_gradient(lhs, why), refuse_gradient(rhs, why)
         quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run, same), out)
-        return quantized(lhs, rhs, *sites[node.layer]).astype(out.dtype)
+        (result,) = reverse_once([quantized(lhs, rhs, *sites[node.layer])])
+        return result.astype(out.dtype)
 
     def _quantized(self, eqn, node: QuantizedProduct, run, same, lhs, rhs, formats, tap) -> Array:
         axes, copied = self.mesh_axes, ((), ())
@@ -405,11 +406,13 @@ class _Replayer:
         )
         taps = [tap for _, tap in sites.values()]
         inputs = [
-            lax.stop_gradient(value) if var in deferred.weights else _in_reverse_once(value)
+            lax.stop_gradient(value) if var in deferred.weights else value
             for var, value in zip(body.jaxpr.jaxpr.invars, inputs, strict=True)
         ]
-        weights = list(map(_in_reverse_once, weights))
-        return differentiate_later(loop, weights, [*taps, *inputs], {n: f for n, (f, _) in sites.items()})
+        both = reverse_once([*weights, *inputs])
+        weights, inputs = both[: len(weights)], both[len(weights) :]
+        formats = {name: table for name, (table, _) in sites.items()}
+        return reverse_once(differentiate_later(loop, weights, [*taps, *inputs], formats))
 
     def _shard_map(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """Formats are the same on all devices; what a device measures is added to the others'."""
@@ -482,7 +485,7 @@ class _Replayer:
         rule.defvjp(rule_forward, rule_backward)
         tables = {name: table for name, (table, _) in sites.items()}
         taps = {name: tap for name, (_, tap) in sites.items()}
-        return rule(tables, taps, *map(_in_reverse_once, inputs))
+        return reverse_once(rule(tables, taps, *reverse_once(inputs)))
 
 
 _BODIES = {
@@ -501,10 +504,6 @@ _PARTLY_EXPLICIT = (
     "layer {}: a shard_map over {} that leaves {} explicit can be evaluated but not differentiated; map over "
     "all axes, or make them automatic: jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
 )
-
-
-def _in_reverse_once(x):
-    return reverse_once(x) if versions.is_float(x) else x
 
 
 def _constrained(x, sharding):

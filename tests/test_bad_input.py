@@ -205,6 +205,21 @@ def test_second_derivatives_are_refused_rather_than_zero():
                 jax.eval_shape(derivative, x)
 
 
+def test_mixed_derivatives_are_refused_rather_than_zero():
+    """The gradient of one product for x, differentiated by its weight, or by a factor behind it."""
+    q = apt.apt_quantize(lambda w, x: x @ w, backend="xla")
+    w, x, scale = normal(0, 5, 3), normal(1, 4, 5), normal(2, 4, 3)
+    state = q.init(w, x)
+
+    def penalty(w, scale):
+        gradient = jax.grad(lambda x: jnp.sum(q.apply(w, state, x) * scale))(x)
+        return jnp.sum(gradient**2)
+
+    for argument in (0, 1):
+        with pytest.raises(TypeError, match="no second derivative"):
+            jax.eval_shape(jax.grad(penalty, argnums=argument), w, scale)
+
+
 def test_native_that_cannot_run_is_an_error_and_auto_says_why(monkeypatch):
     monkeypatch.setattr("jax_apt.xla_ops.is_available", lambda: False)
     monkeypatch.setattr("jax_apt.xla_ops.unavailable_reason", lambda: "no library")

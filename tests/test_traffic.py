@@ -77,13 +77,13 @@ def test_the_page_follows_from_what_was_counted(rows):
 
 def test_the_prose_agrees_with_the_tables(rows):
     quiet, measuring = (benchmark.per_layer(rows, name) for name in ("quiet", "measuring"))
-    assert quiet == (8, 3) and "adds three all-reduces to every step" in PAGE
-    assert measuring.calls - quiet.calls == 4 and "are two more for each tensor that is due" in PAGE
+    assert quiet == (8, 2) and "adds two all-reduces of 4 bytes to every step" in PAGE
+    assert measuring.calls - quiet.calls == 4 and "There are two more for each tensor that is\ndue" in PAGE
     assert f"would spend {quiet.calls * 2:.0f} ms for a quiet step" in PAGE  # 100 layers, 20 us
     assert f"{measuring.calls * 2:.0f} ms for one that measures everything" in PAGE
     split = {r["layers"]: r for r in rows if (r["layout"], r["devices"]) == ("tensor", 8)}
     calls = {name: (split[4][name].calls - split[2][name].calls) // 2 for name in ("quiet", "measuring")}
-    assert calls == {"quiet": 1, "measuring": 5} and "it is one, and four more when all\nare due" in PAGE
+    assert calls == {"quiet": 1, "measuring": 5} and "it is one, and four more when all are due" in PAGE
     per_layer = benchmark.state_bytes(rows, 3) - benchmark.state_bytes(rows, 2)
     assert per_layer == 108 and "36 bytes for a tensor with three candidate widths" in PAGE
     assert f"{per_layer} for a layer" in PAGE
