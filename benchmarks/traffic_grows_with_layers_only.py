@@ -176,11 +176,19 @@ def check(rows: list[dict]) -> None:
 
 def per_layer(rows: list[dict], name: str) -> Traffic:
     """What each layer more adds."""
-    two, four = (
-        next(r[name] for r in rows if (r["layout"], r["devices"], r["layers"]) == ("data", 8, layers))
-        for layers in (2, 4)
-    )
+    two, four = _two_and_four_layers(rows, name)
     return Traffic((four.bytes - two.bytes) // 2, (four.calls - two.calls) // 2)
+
+
+def state_bytes(rows: list[dict], layers: int) -> int:
+    """Bytes of the precision state of a network of so many layers."""
+    two, four = _two_and_four_layers(rows, "state")
+    return two + (layers - 2) * (four - two) // 2
+
+
+def _two_and_four_layers(rows: list[dict], name: str) -> tuple:
+    of = {r["layers"]: r[name] for r in rows if (r["layout"], r["devices"]) == ("data", 8)}
+    return of[2], of[4]
 
 
 def small_table(rows: list[dict]) -> str:
@@ -202,7 +210,6 @@ def _cell(t: Traffic) -> str:
 
 def large_table(rows: list[dict]) -> str:
     quiet, measuring = (per_layer(rows, name) for name in ("quiet", "measuring"))
-    state = next(r["state"] / r["layers"] for r in rows)
     lines = [
         "| network | devices | gradients | added, quiet | added, all measured | state |",
         "|---|---:|---:|---:|---:|---:|",
@@ -211,7 +218,7 @@ def large_table(rows: list[dict]) -> str:
         for devices in (8, 64, 512, 4096):
             ring = 2 * (devices - 1) / devices
             sizes = (millions * 4e6 * ring, quiet.bytes * layers * ring, measuring.bytes * layers * ring)
-            cells = [_bytes(s) for s in (*sizes, state * layers)]
+            cells = [_bytes(s) for s in (*sizes, state_bytes(rows, layers))]
             lines.append(f"| {name} ({layers} layers) | {devices} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

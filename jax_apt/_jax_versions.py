@@ -189,11 +189,6 @@ def source_line(eqn: JaxprEqn) -> str:
     return "an unknown line"
 
 
-def is_forward_mode_error(error: TypeError) -> bool:
-    """Whether JAX refused to push a tangent through a custom_vjp function."""
-    return "forward-mode" in str(error) and "custom_vjp" in str(error)
-
-
 def platform() -> str:
     """ "cpu", "gpu" or "tpu": where JAX runs by default."""
     return jax.default_backend()

@@ -11,6 +11,7 @@ from jax.extend.core import JaxprEqn
 
 from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
+from jax_apt.derivatives import reverse_once
 
 PRIMITIVE = "reduce_window_max"
 
@@ -39,7 +40,7 @@ def max_pool(eqn: JaxprEqn, x: Array) -> Array:
         return (versions.as_varying(xla_ops.max_pool_gradient(x, dy, _pool(eqn)), axes),)
 
     pooled.defvjp(lambda x: (pooled(x), x), gradient)
-    return pooled(x)
+    return pooled(*reverse_once([x]))
 
 
 def _pool(eqn: JaxprEqn) -> xla_ops.Pool:

@@ -91,23 +91,24 @@ WITHOUT_PRODUCT = _names("""
     dim_as_value dimension_size div dynamic_slice dynamic_update_slice empty empty2 empty_ref eq eq_to
     erf erf_inv erfc exp exp2 expm1 fft floor free_ref freeze from_edtype gather ge get
     global_array_to_host_local_array gt host_local_array_to_global_array igamma igamma_grad_a igammac
-    imag inspect_sharding integer_pow iota is_finite layout_constraint le le_to lgamma log log1p log2
-    log_read logistic lt lt_to lu_pivots_to_permutation max min mul name ne neg new_box new_log new_ref
-    nextafter not one_minus_square optimization_barrier or pack pad pbroadcast pbroadcast_done
-    pbroadcast_start philox2x32 philox4x32 pin platform_index pmax pmin polygamma polynomial
-    population_count pow ppermute ppermute_done ppermute_start precv preduced prng_join prng_random_bits
-    prng_seed prng_split psend psum psum_done psum_invariant psum_invariant_start psum_start pvary
-    ragged_all_to_all random_bits random_clone random_fold_in random_gamma random_seed random_split
-    random_unwrap random_wrap real reciprocal reduce_and reduce_max reduce_min reduce_or
-    reduce_precision reduce_prod reduce_scatter_done reduce_scatter_start reduce_sum reduce_window_max
-    reduce_window_min reduce_window_sum reduce_xor reduced_vary_cast reduced_vary_cast_p
-    regularized_incomplete_beta rem reshape reshard rev rng_bit_generator rng_uniform round rsqrt
-    select_and_gather_add select_and_scatter_add select_n shape_assertion shard_alike
-    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh slice sort
-    split sqrt square squeeze stack stage stop_gradient sub swap tan tanh threefry2x32 tie tile
-    to_edtype todense top_k transpose unpack unpin unreachable unreduced_pmax unreduced_pmin
-    unreduced_psum unreduced_psum_start unreduced_reduce_scatter unreduced_reduce_scatter_start unstack
-    vary_unreduced_cast vary_unreduced_cast_p xla_metadata_value xor zeros_like zeta
+    imag inspect_sharding integer_pow iota is_finite jax_apt_once jax_apt_tangent
+    layout_constraint le le_to lgamma log log1p log2 log_read logistic lt lt_to lu_pivots_to_permutation
+    max min mul name ne neg new_box new_log new_ref nextafter not one_minus_square optimization_barrier
+    or pack pad pbroadcast pbroadcast_done pbroadcast_start philox2x32 philox4x32 pin platform_index
+    pmax pmin polygamma polynomial population_count pow ppermute ppermute_done ppermute_start precv
+    preduced prng_join prng_random_bits prng_seed prng_split psend psum psum_done psum_invariant
+    psum_invariant_start psum_start pvary ragged_all_to_all random_bits random_clone random_fold_in
+    random_gamma random_seed random_split random_unwrap random_wrap real reciprocal reduce_and
+    reduce_max reduce_min reduce_or reduce_precision reduce_prod reduce_scatter_done
+    reduce_scatter_start reduce_sum reduce_window_max reduce_window_min reduce_window_sum reduce_xor
+    reduced_vary_cast reduced_vary_cast_p regularized_incomplete_beta rem reshape reshard rev
+    rng_bit_generator rng_uniform round rsqrt select_and_gather_add select_and_scatter_add select_n
+    shape_assertion shard_alike sharding_constraint shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh slice sort split sqrt square squeeze stack stage stop_gradient sub
+    swap tan tanh threefry2x32 tie tile to_edtype todense top_k transpose unpack unpin unreachable
+    unreduced_pmax unreduced_pmin unreduced_psum unreduced_psum_start unreduced_reduce_scatter
+    unreduced_reduce_scatter_start unstack vary_unreduced_cast vary_unreduced_cast_p xla_metadata_value
+    xor zeros_like zeta
     """)
 
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jax_apt import _jax_versions as versions
 from jax_apt.config import Backend, Config, Rule, check_backend
+from jax_apt.derivatives import refuse_gradient, reverse_once
 from jax_apt.max_pool import max_pool
 from jax_apt.ops import Site, quantized_product
 from jax_apt.plan import (
@@ -165,12 +166,7 @@ class AptFunction:
         sites = {name: (table[name], taps[name]) for name in traced.layout.names()}
         layers = {layer.name: layer for layer in traced.layout.layers}
         replayer = _Replayer(self.config, state.layout.padded_widths(), layers)
-        try:
-            out = replayer.replay(traced.plan, traced.inputs, sites)
-        except TypeError as error:
-            if versions.is_forward_mode_error(error):
-                raise TypeError(_FORWARD_MODE) from error
-            raise
+        out = replayer.replay(traced.plan, traced.inputs, sites)
         return jax.tree.unflatten(traced.out_tree, out)
 
     def with_taps(self, state: AptState, taps: dict[str, Array] | None = None) -> AptState:
@@ -196,13 +192,6 @@ class AptFunction:
         """Every layer with its rule, widths, backend and reason, and what was left in float."""
         check_state(state, "report(state)")
         return make_report(state)
-
-
-_FORWARD_MODE = (
-    "a function made by apt_quantize has no forward-mode derivative (jax.jvp, jax.jacfwd, "
-    "jax.linearize): its gradients are quantized in reverse mode alone; use jax.grad, jax.vjp or "
-    "jax.jacrev, or differentiate the original function"
-)
 
 
 # Trace
@@ -243,33 +232,6 @@ def _trace(q: AptFunction, variables, args, kwargs) -> _Traced:
     jaxpr, out_shape = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
     plan, layout = make_plan(jaxpr, labels, q.rules, q.backend, q.replace_slow)
     return _Traced(plan, layout, arrays, jax.tree.structure(out_shape))
-
-
-# Derivatives of gradients: a gradient is computed from integer codes, so its own derivative would be zero
-
-
-_SECOND_DERIVATIVE = (
-    "a function made by apt_quantize has no second derivative (jax.hessian, a gradient of a gradient): its "
-    "gradients are computed from integer codes; differentiate the original function, or leave layers in float"
-)
-
-
-@jax.custom_vjp
-def _differentiable_once(x: Array) -> Array:
-    return x
-
-
-@jax.custom_jvp
-def _last_derivative(cotangent: Array) -> Array:
-    return cotangent
-
-
-@_last_derivative.defjvp
-def _refuse_second_derivative(primals, tangents):
-    raise TypeError(_SECOND_DERIVATIVE)
-
-
-_differentiable_once.defvjp(lambda x: (x, None), lambda _, cotangent: (_last_derivative(cotangent),))
 
 
 # Interpreter
@@ -320,10 +282,14 @@ class _Replayer:
         return versions.bind(eqn, inputs)
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
-        lhs, rhs = (_differentiable_once(x.astype(jnp.float32)) for x in inputs)
+        lhs, rhs = reverse_once([x.astype(jnp.float32) for x in inputs])
         out = versions.aval(eqn.outvars[0])
+        if self.mesh_axes and (left := versions.explicit_axes(out)):
+            why = _PARTLY_EXPLICIT.format(node.layer, ", ".join(self.mesh_axes), ", ".join(left))
+            lhs, rhs = refuse_gradient(lhs, why), refuse_gradient(rhs, why)
         quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run, same), out)
-        return quantized(lhs, rhs, *sites[node.layer]).astype(out.dtype)
+        (result,) = reverse_once([quantized(lhs, rhs, *sites[node.layer])])
+        return result.astype(out.dtype)
 
     def _quantized(self, eqn, node: QuantizedProduct, run, same, lhs, rhs, formats, tap) -> Array:
         axes, copied = self.mesh_axes, ((), ())
@@ -443,7 +409,10 @@ class _Replayer:
             lax.stop_gradient(value) if var in deferred.weights else value
             for var, value in zip(body.jaxpr.jaxpr.invars, inputs, strict=True)
         ]
-        return differentiate_later(loop, weights, [*taps, *inputs], {n: f for n, (f, _) in sites.items()})
+        both = reverse_once([*weights, *inputs])
+        weights, inputs = both[: len(weights)], both[len(weights) :]
+        formats = {name: table for name, (table, _) in sites.items()}
+        return reverse_once(differentiate_later(loop, weights, [*taps, *inputs], formats))
 
     def _shard_map(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites) -> list:
         """Formats are the same on all devices; what a device measures is added to the others'."""
@@ -515,7 +484,8 @@ class _Replayer:
 
         rule.defvjp(rule_forward, rule_backward)
         tables = {name: table for name, (table, _) in sites.items()}
-        return rule(tables, {name: tap for name, (_, tap) in sites.items()}, *inputs)
+        taps = {name: tap for name, (_, tap) in sites.items()}
+        return reverse_once(rule(tables, taps, *reverse_once(inputs)))
 
 
 _BODIES = {
@@ -528,6 +498,12 @@ _BODIES = {
     "remat2": _Replayer._remat,
     **dict.fromkeys((*versions.CALL, *RAGGED), _Replayer._call),
 }
+
+
+_PARTLY_EXPLICIT = (
+    "layer {}: a shard_map over {} that leaves {} explicit can be evaluated but not differentiated; map over "
+    "all axes, or make them automatic: jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...))"
+)
 
 
 def _constrained(x, sharding):

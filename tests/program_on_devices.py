@@ -80,6 +80,7 @@ def check(name, got, expected):
     for field in FIELDS:
         np.testing.assert_array_equal(getattr(precision, field), getattr(precision_1, field), field)
     for array in jax.tree.leaves(precision):
+        assert array.is_fully_replicated
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, array)
     print(name)
@@ -103,6 +104,7 @@ def in_shard_map(p, x, scale):
     data = P("data")
     ways = {
         "data": (network, mesh(4, 1), (P(), data), data, True),
+        "tensor": (summed, mesh(1, 4), (SPLIT, data), data, True),
         "both": (summed, mesh(2, 2), (SPLIT, data), data, True),
         "untyped": (summed, mesh(2, 2), (SPLIT, data), data, False),
     }
@@ -170,6 +172,7 @@ def main():
     a, b, x = normal((6, 8), (8, 4), (16, 6))
     p = {"a": {"kernel": a}, "b": {"kernel": b}}
     scale = jnp.asarray(np.random.default_rng(0).uniform(0.001, 0.003, (16, 4)), jnp.float32).at[0, 0].set(1)
+    assert jax.config.jax_use_shardy_partitioner
     in_shard_map(p, x, scale)
     in_jit(p, x, scale)
     if BACKEND == "native":

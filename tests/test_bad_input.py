@@ -105,7 +105,39 @@ def test_integer_parameters_are_named():
         step(p, q.init(p, x))
 
 
-def test_forward_mode_is_refused():
+@jax.custom_vjp
+def own_rule(x, w):
+    return jnp.tanh(x @ w)
+
+
+own_rule.defvjp(lambda x, w: (own_rule(x, w), (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+
+BODIES = {
+    "product": plain,
+    "jit": jax.jit(plain),
+    "recurrent": lambda p, x: jax.lax.scan(lambda x, _: (plain(p, x), None), x, length=2)[0],
+    "custom rule": lambda p, x: own_rule(x, p["a"]["kernel"]),
+    "remat": jax.checkpoint(plain),
+}
+
+
+def refuses(derivative):
+    with pytest.raises(TypeError, match=r"no forward-mode derivative .* use jax\.grad"):
+        jax.jit(derivative).lower()
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_forward_mode_is_refused_in_every_body(body):
+    p, x = two_layers(), normal(2, 4, 5)
+    q = apt.apt_quantize(BODIES[body], backend="xla")
+    state = q.init(p, x)
+    function = jax.jit(lambda x: q.apply(p, state, x))
+    refuses(lambda: jax.jvp(function, (x,), (x,)))
+    assert jax.eval_shape(jax.grad(lambda x: jnp.sum(function(x))), x).shape == x.shape
+
+
+def test_forward_mode_is_refused_wherever_it_is_taken():
+    """In words of this library; the reverse mode of the same goes through."""
     p, x = two_layers(), normal(2, 4, 5)
     q = apt.apt_quantize(plain, backend="xla")
     state = q.init(p, x)
@@ -116,18 +148,46 @@ def test_forward_mode_is_refused():
     def scanned(x):
         return jax.lax.scan(lambda x, _: (apply(x), None), x, length=2)[0]
 
-    for derivative in (lambda f: jax.jvp(f, (x,), (x,)), lambda f: jax.jacfwd(f)(x)):
-        with pytest.raises(TypeError, match="no forward-mode derivative"):
-            derivative(apply)
-        for compiled in (
-            jax.jit(apply),
-            scanned,
-        ):  # apply is over when JAX finds out, so the words are its own
-            with pytest.raises(TypeError, match="forward-mode autodiff"):
-                derivative(compiled)
     for function in (apply, jax.jit(apply), scanned):
-        with pytest.raises(TypeError, match="forward-mode autodiff"):
-            jax.linearize(function, x)[1](x)
+        refuses(lambda f=function: jax.jvp(f, (x,), (x,)))
+    refuses(lambda: jax.jacfwd(jax.jit(apply))(x))
+    refuses(lambda: jax.linearize(scanned, x)[1](x))
+    refuses(lambda: jax.jvp(jax.vmap(apply), (x[:, None],), (x[:, None],)))
+    for reverse in (jax.jacrev(apply), jax.vmap(jax.grad(lambda x: jnp.sum(apply(x[None]))))):
+        jax.jit(reverse).lower(x)
+    jax.jit(jax.grad(lambda x: jnp.sum(jax.vmap(apply)(x)))).lower(x[:, None])
+
+
+def test_forward_mode_is_refused_as_it_runs():
+    p, x = two_layers(), normal(2, 4, 5)
+    q = apt.apt_quantize(plain, backend="xla")
+    state = q.init(p, x)
+    function = jax.jit(lambda x: q.apply(p, state, x))
+    with pytest.raises(TypeError, match="no forward-mode derivative"):
+        jax.jvp(function, (x,), (x,))
+    linear, (pulled,) = jax.linearize(function, x)[1], jax.vjp(function, x)[1](jnp.ones_like(x))
+    with pytest.raises(TypeError, match="no forward-mode derivative"):
+        linear(x)
+    (transposed,) = jax.linear_transpose(linear, x)(jnp.ones_like(x))
+    np.testing.assert_array_equal(transposed, pulled)
+
+
+def test_a_derivative_that_the_function_takes_itself_is_replayed():
+    """A forward-mode derivative inside the function is ordinary products by the time they are swapped."""
+
+    def fn(p, x):
+        return jax.jvp(lambda x: jnp.tanh(x @ p["w"]), (x,), (jnp.ones_like(x),))[1]
+
+    p, x = {"w": normal(0, 5, 5)}, normal(1, 4, 5)
+    wide = apt.Rule("", acts=24, weights=24, grads=24)
+    q = apt.apt_quantize(fn, [wide], backend="xla")
+    state = q.init(p, x)
+    assert not state.layout.left_in_float and state.layout.layers
+    np.testing.assert_allclose(jax.jit(q.apply)(p, state, x), fn(p, x), rtol=1e-4, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(q.apply(p, state, x) ** 2)))(p)
+    np.testing.assert_allclose(
+        gradient["w"], jax.grad(lambda p: jnp.sum(fn(p, x) ** 2))(p)["w"], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_second_derivatives_are_refused_rather_than_zero():
@@ -138,11 +198,26 @@ def test_second_derivatives_are_refused_rather_than_zero():
     def fn(x):
         return jnp.sum(q.apply(p, state, x))
 
-    assert jax.eval_shape(jax.grad(fn), x).shape == x.shape
     for second in (jax.hessian(fn), jax.grad(lambda x: jnp.sum(jax.grad(fn)(x) ** 2))):
         for derivative in (second, jax.jit(second)):
-            with pytest.raises(TypeError, match="no second derivative"):
+            words = r"no (second|forward-mode) derivative \(.*jax\.hessian"
+            with pytest.raises(TypeError, match=words):
                 jax.eval_shape(derivative, x)
+
+
+def test_mixed_derivatives_are_refused_rather_than_zero():
+    """The gradient of one product for x, differentiated by its weight, or by a factor behind it."""
+    q = apt.apt_quantize(lambda w, x: x @ w, backend="xla")
+    w, x, scale = normal(0, 5, 3), normal(1, 4, 5), normal(2, 4, 3)
+    state = q.init(w, x)
+
+    def penalty(w, scale):
+        gradient = jax.grad(lambda x: jnp.sum(q.apply(w, state, x) * scale))(x)
+        return jnp.sum(gradient**2)
+
+    for argument in (0, 1):
+        with pytest.raises(TypeError, match="no second derivative"):
+            jax.eval_shape(jax.grad(penalty, argnums=argument), w, scale)
 
 
 def test_native_that_cannot_run_is_an_error_and_auto_says_why(monkeypatch):

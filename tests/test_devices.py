@@ -29,7 +29,7 @@ def run(*args, devices):
     return done.stdout
 
 
-WAYS = ["data", "both", "untyped", "jit data", "jit tensor", "jit both", "explicit"]
+WAYS = ["data", "tensor", "both", "untyped", "jit data", "jit tensor", "jit both", "explicit"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,3 +68,21 @@ def test_a_custom_rule_inside_a_shard_map_is_quantized():
     np.testing.assert_array_equal(gradients["w"], expected["w"])
     assert state.layout.names() == one.layout.names() != ()
     np.testing.assert_array_equal(state.precision.exponent, one.precision.exponent)
+
+
+def test_a_shard_map_over_some_explicit_axes_is_evaluated_and_its_gradient_refused():
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+    def fn(w, x):
+        specs = {"in_specs": (P("data"), P()), "out_specs": P("data")}
+        return jax.shard_map(jnp.matmul, mesh=mesh, axis_names={"data"}, **specs)(x, w)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((4, 3)), jax.sharding.NamedSharding(mesh, P("data")))
+        w = jnp.full((3, 2), 0.5)
+        q = apt.apt_quantize(fn, backend="xla")
+        state = q.init(w, x)
+        np.testing.assert_array_equal(jax.jit(q.apply)(w, state, x), jnp.full((4, 2), 1.5))
+        words = "layer parameter: a shard_map over data that leaves model explicit .* not differentiated"
+        with pytest.raises(NotImplementedError, match=words):
+            jax.jit(apt.value_and_grad(lambda w, s: jnp.sum(q.apply(w, s, x)), q)).lower(w, state)

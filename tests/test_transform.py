@@ -149,6 +149,9 @@ def test_static_and_keyword_arguments_stay_as_they_are():
     expected, expected_updated = Dropout().apply(variables, x, **options)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     assert jax.tree.structure(updated) == jax.tree.structure(expected_updated)
+    for got, moved in zip(jax.tree.leaves(updated), jax.tree.leaves(expected_updated), strict=True):
+        np.testing.assert_allclose(got, moved, rtol=1e-4, atol=1e-5)
+    assert jnp.any(updated["batch_stats"]["BatchNorm_0"]["mean"] != 0)  # where it started
     np.testing.assert_allclose(
         q.apply(variables, state, x, train=False),
         Dropout().apply(variables, x, train=False),

@@ -7,10 +7,12 @@ import pickle
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -20,7 +22,7 @@ from jax_apt.zoo.data.image_folder import ImageFolder
 from jax_apt.zoo.data.parallel_text import ParallelText, build_vocabulary
 from jax_apt.zoo.data.pascal_voc import VocDetection, VocSegmentation
 from jax_apt.zoo.data.recipes import RECIPES
-from jax_apt.zoo.data.training import Options, train
+from jax_apt.zoo.data.training import Options, _Run, train
 from jax_apt.zoo.networks import NETWORKS, Network
 from jax_apt.zoo.networks.resnet import ResNet
 
@@ -352,6 +354,31 @@ def test_a_training_goes_on_where_it_stopped(cifar):
     assert again["losses"][-1] == pytest.approx(whole["losses"][-1], rel=1e-6)
     assert again["report"] == whole["report"]
     assert whole["report"]["layers"] and 0 <= again["score"] <= 100
+
+
+def test_checkpoints_hold_layers_by_name_and_others_are_refused(cifar):
+    """A state of other layers, of another precision, and files of before layers were saved by name."""
+    started = options(cifar, cifar / "out", epochs=1)
+    run = _Run(started)
+    run.step = 1  # one that was trained need not be
+    run.save()
+    run.close()
+    folder = cifar / "out" / "checkpoints" / "1"
+    saved = ocp.StandardCheckpointer().restore(folder / "precision")
+    names = [layer["name"] for layer in json.loads(np.asarray(saved["layers"]).tobytes())]
+    assert saved["format_version"] == 1 and names == list(run.state.layout.names())
+    with pytest.raises(
+        ValueError, match=rf"{names[0]}: widths is .*\[16\]\] in the function and .*\[8, 16, 24"
+    ):
+        _Run(replace(started, precision="int16"))
+    with pytest.raises(ValueError, match="trained in fixed point, not in float32: give another"):
+        _Run(replace(started, precision="float32"))
+    (folder / "precision").rename(folder.parent / "kept")
+    with pytest.raises(ValueError, match="trained in float32, not in fixed point"):
+        _Run(started)
+    (folder / "trained").rename(folder / "arrays")
+    with pytest.raises(ValueError, match=r"checkpoints/1 was written by an earlier jax_apt, .* by position"):
+        _Run(started)
 
 
 TWO_DEVICES = """

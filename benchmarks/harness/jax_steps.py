@@ -23,10 +23,14 @@ _SETTLING = 150  # steps before anything is timed or counted
 
 
 def build(case: dict, name: str) -> tuple[Calls, dict]:
-    """Calls and info of a contender: float32, qwix, apt-8, apt-16, apt-24 or apt-adaptive."""
+    """Calls and info of a contender: float32, bfloat16, qwix, apt-8, apt-16, apt-24 or apt-adaptive."""
     if name.startswith("apt-"):
         return _apt(case, name.removeprefix("apt-"))
-    module = _quantized_by_qwix(module_of(case), case) if name == "qwix" else module_of(case)
+    module = module_of(case)
+    if name == "qwix":
+        module = _quantized_by_qwix(module, case)
+    elif name == "bfloat16":
+        module = _InBfloat16(module)
     step, carry = _float_step(module, case)
     compiled, info = _compile(step, carry, case)
     if case.get("memory_only"):
@@ -103,6 +107,22 @@ def _float_step(module, case: dict):
 
     params, others = _variables(case)
     return step, (params, others, optimizer.init(params))
+
+
+class _InBfloat16:
+    """A module on bfloat16 copies of parameters and float inputs; what is trained stays float32."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def apply(self, variables, x, **options):
+        copies = variables | {"params": jax.tree.map(_half, variables["params"])}
+        logits, others = self.module.apply(copies, _half(x), **options)
+        return logits.astype(jnp.float32), others
+
+
+def _half(x):
+    return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _quantized_by_qwix(module, case: dict):

@@ -125,9 +125,10 @@ def own_rows(sharding: NamedSharding, whole: np.ndarray) -> jax.Array:
 
 def save(path: pathlib.Path, step: int, carried) -> None:
     """Written aside and renamed: a run killed while it saves keeps the checkpoint before."""
+    params, velocity, state = carried
+    whole = {"params": params, "velocity": velocity, "precision": apt.to_state_dict(state)}
     aside = path.with_suffix(".new.npz")
-    arrays = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(carried))}
-    np.savez(aside, step=step, **arrays)
+    np.savez(aside, step=step, **{name: np.asarray(x) for name, x in by_name(whole).items()})
     os.replace(aside, path)
 
 
@@ -136,8 +137,17 @@ def restore(path: pathlib.Path, carried):
     if not path.exists():
         return 0, carried
     saved = np.load(path)
-    leaves, tree = jax.tree.flatten(carried)
-    return int(saved["step"]), jax.tree.unflatten(tree, [saved[f"leaf{i}"] for i in range(len(leaves))])
+    *trained, state = carried
+    like = {"params": trained[0], "velocity": trained[1], "precision": apt.to_state_dict(state)}
+    whole = jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in by_name(like)])
+    state = apt.from_state_dict(state, whole["precision"])  # finds layers by name, and refuses other ones
+    return int(saved["step"]), (whole["params"], whole["velocity"], state)
+
+
+def by_name(tree) -> dict:
+    """Leaves by their paths, such as "params/head/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def log(path: pathlib.Path, step: int, processes: int, loss, state: apt.AptState) -> None:

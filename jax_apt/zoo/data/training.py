@@ -209,12 +209,12 @@ class _Run:
         return float(self.problem.score(*together))
 
     def save(self) -> None:
-        arrays = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves((self.trained, self.state)))}
+        """Weights and optimizer by the names of their leaves, the precision state by those of its layers."""
         place = json.loads(json.dumps(self.stream.get_state()))
-        self.manager.save(
-            self.step,
-            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(place)),
-        )
+        items = {"trained": ocp.args.StandardSave(_by_name(self.trained)), "data": ocp.args.JsonSave(place)}
+        if self.state is not None:
+            items["precision"] = ocp.args.StandardSave(apt.to_state_dict(self.state))
+        self.manager.save(self.step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
         self.manager.wait_until_finished()
@@ -224,14 +224,34 @@ class _Run:
         latest = self.manager.latest_step()
         if latest is None:
             return
-        leaves, tree = jax.tree.flatten((self.trained, self.state))
-        like = {str(i): leaf for i, leaf in enumerate(leaves)}
-        arguments = ocp.args.Composite(arrays=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-        kept = self.manager.restore(latest, args=arguments)
-        restored = [kept["arrays"][str(i)] for i in range(len(leaves))]
-        self.trained, self.state = jax.tree.unflatten(tree, restored)
+        self._check_items(latest)
+        named = _by_name(self.trained)
+        items = {"trained": ocp.args.StandardRestore(named), "data": ocp.args.JsonRestore()}
+        if self.state is not None:
+            items["precision"] = ocp.args.StandardRestore()  # as it was saved, to be compared by layer name
+        kept = self.manager.restore(latest, args=ocp.args.Composite(**items))
+        restored = [kept["trained"][name] for name in named]
+        self.trained = jax.tree.unflatten(jax.tree.structure(self.trained), restored)
+        if self.state is not None:
+            self.state = apt.from_state_dict(self.state, kept["precision"])
         self.stream.set_state(kept["data"])
         self.step = latest
+
+    def _check_items(self, step: int) -> None:
+        """Refuses a checkpoint of another precision, and one of before the layers were saved by name."""
+        folder = pathlib.Path(self.manager.directory) / str(step)
+        found = {path.name for path in folder.iterdir()}
+        instead = "give another folder to write to"
+        if "trained" not in found:
+            raise ValueError(
+                f"the checkpoint {folder} was written by an earlier jax_apt, which saved arrays by position: "
+                f"go on with that version, or {instead}"
+            )
+        if ("precision" in found) != (self.state is not None):
+            trained, asked = (
+                ("fixed point", "float32") if "precision" in found else ("float32", "fixed point")
+            )
+            raise ValueError(f"the checkpoint {folder} was trained in {trained}, not in {asked}: {instead}")
 
     def _on_devices(self, array: np.ndarray):
         return jax.make_array_from_process_local_data(self.sharding, array)
@@ -245,6 +265,12 @@ class _Run:
         transform = augmentation.for_evaluation(self.recipe.dataset, self.recipe.image_size)
         inputs, _ = transform(self.evaluation[0])
         return jax.tree.map(lambda a: np.stack([a] * self.recipe.batch_size), inputs)
+
+
+def _by_name(tree) -> dict[str, Any]:
+    """Leaves of a pytree by their paths, such as "params.head.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _data_sharding(batch_size: int) -> NamedSharding:
