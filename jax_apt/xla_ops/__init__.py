@@ -189,19 +189,15 @@ def adapt(x: Array, formats: Array, row: int, choice: Choice, *, isa: str = "aut
         raise ValueError(f"adapt: formats must be (rows, 4) and have row {row}, got shape {formats.shape}")
     if choice.measure not in MEASURES or not 1 <= len(choice.widths) <= 23:
         raise ValueError(f"adapt: measure must be one of {', '.join(MEASURES)}, widths 1 to 23; got {choice}")
-    widths, scalar = len(choice.widths), jax.ShapeDtypeStruct((), jnp.float32)
-    integer = jax.ShapeDtypeStruct((), jnp.int32)
-    results = Adapted(
+    widths = (len(choice.widths),)
+    number, integer = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+    results = (
         jax.ShapeDtypeStruct((limb_count(choice.widths[-1]), *x.shape), jnp.uint8),
-        integer,
-        integer,
-        scalar,
-        scalar,
-        scalar,
-        jax.ShapeDtypeStruct((widths,), jnp.float32),
-        jax.ShapeDtypeStruct((widths,), jnp.int32),
+        *(integer, integer, number, number, number),
+        jax.ShapeDtypeStruct(widths, jnp.float32),
+        jax.ShapeDtypeStruct(widths, jnp.int32),
     )
-    call = jax.ffi.ffi_call("jax_apt_adapt", tuple(results), vmap_method="broadcast_all")
+    call = jax.ffi.ffi_call("jax_apt_adapt", results, vmap_method="broadcast_all")
     attributes = {
         "row": row,
         "widths": np.asarray(choice.widths, np.int64),
