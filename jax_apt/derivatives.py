@@ -81,8 +81,9 @@ ad.primitive_transposes[_tangent] = _transposed
 
 
 def _jvp(primals, tangents):
-    out, tangent = _once.bind(*primals), tangents[0]
-    return out, tangent if type(tangent) is ad.Zero else _tangent.bind(tangent, *primals[1:])
+    # The value itself does not depend on the links: codes of a weight stay the same at all steps of a loop.
+    value, tangent = primals[0], tangents[0]
+    return value, tangent if type(tangent) is ad.Zero else _tangent.bind(tangent, *primals[1:])
 
 
 _once = Primitive("jax_apt_once")  # (x, *links) -> x

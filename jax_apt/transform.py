@@ -282,13 +282,15 @@ class _Replayer:
         return versions.bind(eqn, inputs)
 
     def _product(self, eqn: JaxprEqn, node: QuantizedProduct, inputs, sites: Sites, run, same) -> Array:
-        lhs, rhs = reverse_once([x.astype(jnp.float32) for x in inputs])
+        # A loop that is differentiated later is watched as a whole: links would tie its weights to the step.
+        watch = reverse_once if run is quantized_product else list
+        lhs, rhs = watch([x.astype(jnp.float32) for x in inputs])
         out = versions.aval(eqn.outvars[0])
         if self.mesh_axes and (left := versions.explicit_axes(out)):
             why = _PARTLY_EXPLICIT.format(node.layer, ", ".join(self.mesh_axes), ", ".join(left))
             lhs, rhs = refuse_gradient(lhs, why), refuse_gradient(rhs, why)
         quantized = versions.without_explicit_axes(partial(self._quantized, eqn, node, run, same), out)
-        (result,) = reverse_once([quantized(lhs, rhs, *sites[node.layer])])
+        (result,) = watch([quantized(lhs, rhs, *sites[node.layer])])
         return result.astype(out.dtype)
 
     def _quantized(self, eqn, node: QuantizedProduct, run, same, lhs, rhs, formats, tap) -> Array:

@@ -196,3 +196,21 @@ def test_a_convolutional_cell():
     expected = jax.grad(lambda params: jnp.sum(apply(params, x) ** 2))(params)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b) + 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS[-1:])
+def test_the_loop_keeps_a_weight_once_and_not_once_a_step(backend):
+    """Its codes are the same at every step: no array of the program has them stacked."""
+    step, state = training(recurrent, backend, PARAMS, XS)
+    shapes = set()
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            shapes.update(v.aval.shape for v in eqn.outvars)
+            for body in jex_core.jaxprs_in_params(eqn.params):
+                walk(body)
+
+    walk(jax.make_jaxpr(step)(PARAMS, state).jaxpr)
+    assert {shape[0] for shape in shapes if shape} >= {STEPS}
+    for weight in PARAMS.values():
+        assert not [s for s in shapes if len(s) > 2 and s[0] == STEPS and s[-2:] == weight.shape]
