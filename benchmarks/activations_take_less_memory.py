@@ -2,7 +2,8 @@
 
     python benchmarks/activations_take_less_memory.py [--help]
 
-XLA's own account of the compiled step; nothing is timed.
+XLA's own account of the compiled step; nothing is timed. "remat": what lies between the products is computed
+again in the backward pass; float32 keeps the products' results, jax_apt the codes of their operands.
 """
 
 from harness import command, networks, steps
@@ -13,7 +14,8 @@ def main() -> None:
     cases = [case | {"memory_only": True} for case in networks.steps(args.quick)]
 
     def contenders(case):
-        return {"jax": ["float32", "apt-8", "apt-adaptive"], "jax_ynn_off": ["float32"]}
+        names = ["float32", "float32-remat", "apt-8", "apt-adaptive", "apt-adaptive-remat"]
+        return {"jax": names, "jax_ynn_off": ["float32", "float32-remat"]}
 
     document = command.run("activations_take_less_memory", args, cases, contenders, steps.memory_rows)
     print(steps.memory_table(document))

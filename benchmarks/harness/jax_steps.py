@@ -23,15 +23,20 @@ _SETTLING = 150  # steps before anything is timed or counted
 
 
 def build(case: dict, name: str) -> tuple[Calls, dict]:
-    """Calls and info of a contender: float32, bfloat16, qwix, apt-8, apt-16, apt-24 or apt-adaptive."""
+    """Calls and info of a contender: float32, bfloat16, qwix, apt-8, apt-16, apt-24 or apt-adaptive.
+
+    With "-remat" behind it the backward pass computes again what lies between the products: float32 keeps
+    their results, jax_apt the codes of their operands.
+    """
     if name.startswith("apt-"):
         return _apt(case, name.removeprefix("apt-"))
-    module = module_of(case)
+    name, is_remat, module = name.removesuffix("-remat"), name.endswith("-remat"), module_of(case)
     if name == "qwix":
         module = _quantized_by_qwix(module, case)
     elif name == "bfloat16":
         module = _InBfloat16(module)
-    step, carry = _float_step(module, case)
+    apply = jax.checkpoint(_model(module), policy=_are_products) if is_remat else _model(module)
+    step, carry = _float_step(apply, case)
     compiled, info = _compile(step, carry, case)
     if case.get("memory_only"):
         return {}, info
@@ -67,6 +72,10 @@ def _compile(step: Callable, carry, case: dict) -> tuple[Callable, dict]:
     return compiled, {"memory": memory, "compile_seconds": seconds}
 
 
+def _are_products(primitive, *_, **__) -> bool:
+    return primitive.name in ("conv_general_dilated", "dot_general")
+
+
 def _optimizer() -> optax.GradientTransformation:
     return optax.sgd(1e-3, momentum=0.9)
 
@@ -91,8 +100,8 @@ def _loss(logits, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def _float_step(module, case: dict):
-    apply, optimizer = _model(module), _optimizer()
+def _float_step(apply: Callable, case: dict):
+    optimizer = _optimizer()
 
     def step(carry, x, y):
         params, others, momenta = carry
@@ -137,9 +146,13 @@ def _quantized_by_qwix(module, case: dict):
 
 def _apt(case: dict, grads: str) -> tuple[Calls, dict]:
     """grads: a width, or "adaptive": int8, int16 or int24 as the method chooses for each tensor."""
+    grads, is_remat = grads.removesuffix("-remat"), grads.endswith("-remat")
     rules = [] if grads == "adaptive" else [apt.Rule(grads=int(grads))]
     config = apt.Config(steps_per_epoch=1000, initial_fraction=_INITIAL_STEPS / 1000)
-    q = apt.apt_quantize(_model(module_of(case)), rules, config=config)
+    apply = _model(module_of(case))
+    if is_remat:
+        apply = jax.checkpoint(apply, policy=apt.checkpoint_policies.save_codes)
+    q = apt.apt_quantize(apply, rules, config=config)
     params, others = _variables(case)
     state = q.init(params, others, jnp.asarray(batches(case, 1)[0][0]))
     carry = (params, others, _optimizer().init(params), state)
