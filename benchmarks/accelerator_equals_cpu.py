@@ -12,9 +12,7 @@ number differs or, on an accelerator, if a program has no integer product. It ha
 import argparse
 import pathlib
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from harness import jax_steps, networks, results
 from harness.machine import describe
+from harness.timing import Pace, interleave, mean_seconds
 from jax import lax
 
 import jax_apt as apt
@@ -180,22 +179,12 @@ def _build(case: dict, name: str) -> Callable[[], Any]:
 
 
 def times(case: dict, rounds: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds of a step of each contender, in turn, the order reversed in every other round."""
+    """Median milliseconds of a step of each contender, interleaved."""
     loops = {name: _build(case, name) for name in CONTENDERS}
-    counts = {name: max(1, int(seconds / _mean_seconds(loop, 1))) for name, loop in loops.items()}
-    measured: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(rounds):
-        for name in loops if number % 2 == 0 else reversed(loops):
-            measured[name].append(1000 * _mean_seconds(loops[name], counts[name]))
-    return {name: statistics.median(values) for name, values in measured.items()}
-
-
-def _mean_seconds(loop: Callable[[], Any], count: int) -> float:
-    loop()
-    start = time.perf_counter()
-    for _ in range(count):
-        loop()
-    return (time.perf_counter() - start) / count
+    median = interleave(
+        lambda name, count: mean_seconds(loops[name], count), list(loops), Pace(rounds, seconds)
+    )
+    return {name: 1000 * value for name, value in median.items()}
 
 
 # Command

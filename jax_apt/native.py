@@ -101,12 +101,9 @@ def _run_part(form: NativeForm, target: str, lhs: str, rhs: str, parts, a, b, *s
 
 def zero_planes(number: Fixed) -> Array:
     """uint8 (limbs,): the bytes of the code 0."""
-    top = jnp.arange(number.codes.shape[0]) == _limbs_in_use(number) - 1
+    limbs_in_use = (number.bits + 7) // 8
+    top = jnp.arange(number.codes.shape[0]) == limbs_in_use - 1
     return jnp.where(top, jnp.uint8(128), jnp.uint8(0))
-
-
-def _limbs_in_use(number: Fixed) -> Array:
-    return (number.bits + 7) // 8
 
 
 # Forms
@@ -193,46 +190,17 @@ def _rearrangement(order, shape, canonical) -> tuple[Callable, Callable]:
 
 def _conv(params, lhs_shape, rhs_shape, is_transposed: bool) -> NativeForm:
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
-    spatial = len(lhs_spec) - 2
-    groups = params["feature_group_count"]
-
-    def sizes(shape, spec):
-        return _three(tuple(shape[d] for d in spec[2:]), 1)
-
-    window = sizes(rhs_shape, rhs_spec)
-    pads = _three(tuple(low for low, _ in params["padding"]), 0)
-    dilation = _three(params["rhs_dilation"], 1)
-    batch, channels, features = lhs_shape[lhs_spec[0]], lhs_shape[lhs_spec[1]], rhs_shape[rhs_spec[0]]
-    outputs = _three(_conv_outputs(params, lhs_shape, rhs_shape), 1)
+    geometry = _conv_geometry(params, lhs_shape, rhs_shape, is_transposed)
     lhs_order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
     out_order = (out_spec[0], *out_spec[2:], out_spec[1])
     rhs_order = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
-    inputs = sizes(lhs_shape, lhs_spec)
-    if is_transposed:
-        # Output o meets input i where o + t * dilation - pad = i * stride. With t' = window - 1 - t that
-        # reads o + pad' - t' * dilation = i * stride: the input gradient of a convolution from o to i.
-        pads = _three([(k - 1) * d - p for k, d, p in zip(window, dilation, pads, strict=True)], 0)
-        inputs, outputs = outputs, inputs
-        channels, features = features, channels
-    geometry = xla_ops.Geometry(
-        matrices=1,
-        batch=batch,
-        inputs=inputs,
-        outputs=outputs,
-        window=window,
-        stride=_three(params["lhs_dilation" if is_transposed else "window_strides"], 1),
-        pad=pads,
-        dilation=dilation,
-        groups=groups,
-        in_channels=channels,
-        out_channels=features,
-    )
     shapes = geometry.shapes()
-    out_shape = _out_shape(out_spec, batch, params, lhs_shape, rhs_shape)
+    out_shape = _out_shape(out_spec, geometry.batch, params, lhs_shape, rhs_shape)
     x, y = ("y", "x") if is_transposed else ("x", "y")
     enter_w, leave_w = _rearrangement(rhs_order, rhs_shape, shapes["w"])
     if is_transposed:
-        enter_w, leave_w = _swapped_filter(rhs_order, rhs_shape, spatial, groups, shapes["w"])
+        spatial = len(lhs_spec) - 2
+        enter_w, leave_w = _swapped_filter(rhs_order, rhs_shape, spatial, geometry.groups, shapes["w"])
     roles = {
         "lhs": Role(x, *_rearrangement(lhs_order, lhs_shape, shapes[x])),
         "rhs": Role("w", enter_w, leave_w),
@@ -240,12 +208,44 @@ def _conv(params, lhs_shape, rhs_shape, is_transposed: bool) -> NativeForm:
     }
     dims = _conv_dims(params["dimension_numbers"])
     whole = {d for names in dims.values() for d in names if d[0] in "iwo"}
+    whole |= {"c", "f"} if geometry.groups > 1 else set()
 
     def part(parts):
         shapes = (_part_of(lhs_shape, dims["lhs"], parts), _part_of(rhs_shape, dims["rhs"], parts))
         return _conv(params, *shapes, is_transposed)
 
-    return NativeForm(geometry, roles, dims, frozenset(whole | ({"c", "f"} if groups > 1 else set())), part)
+    return NativeForm(geometry, roles, dims, frozenset(whole), part)
+
+
+def _conv_geometry(params, lhs_shape, rhs_shape, is_transposed: bool) -> xla_ops.Geometry:
+    lhs_spec, rhs_spec, _ = params["dimension_numbers"]
+    inputs, window = (
+        _three(tuple(shape[d] for d in spec[2:]), 1)
+        for shape, spec in ((lhs_shape, lhs_spec), (rhs_shape, rhs_spec))
+    )
+    pads = _three(tuple(low for low, _ in params["padding"]), 0)
+    dilation = _three(params["rhs_dilation"], 1)
+    channels, features = lhs_shape[lhs_spec[1]], rhs_shape[rhs_spec[0]]
+    outputs = _three(_conv_outputs(params, lhs_shape, rhs_shape), 1)
+    if is_transposed:
+        # Output o meets input i where o + t * dilation - pad = i * stride. With t' = window - 1 - t that
+        # reads o + pad' - t' * dilation = i * stride: the input gradient of a convolution from o to i.
+        pads = _three([(k - 1) * d - p for k, d, p in zip(window, dilation, pads, strict=True)], 0)
+        inputs, outputs = outputs, inputs
+        channels, features = features, channels
+    return xla_ops.Geometry(
+        matrices=1,
+        batch=lhs_shape[lhs_spec[0]],
+        inputs=inputs,
+        outputs=outputs,
+        window=window,
+        stride=_three(params["lhs_dilation" if is_transposed else "window_strides"], 1),
+        pad=pads,
+        dilation=dilation,
+        groups=params["feature_group_count"],
+        in_channels=channels,
+        out_channels=features,
+    )
 
 
 def _conv_dims(dimension_numbers) -> dict[str, tuple[str, ...]]:

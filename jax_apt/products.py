@@ -209,7 +209,10 @@ def _step(eqn: JaxprEqn, inputs: list, backend: str):
 
 
 def _native(eqn: JaxprEqn, a: Operand, b: Operand) -> Array:
-    """A product without a native form of its own, as a matrix product of patches."""
+    """A product without a native form of its own, as a matrix product of patches.
+
+    Batch groups become one matrix with zeros between them, so a NaN goes over to the other groups too.
+    """
 
     # The operands may differ in their number of planes: each goes through beside one plane of the other.
     x, w = a.number.codes, b.number.codes

@@ -190,9 +190,10 @@ def test_a_derivative_that_the_function_takes_itself_is_replayed():
     )
 
 
-def test_second_derivatives_are_refused_rather_than_zero():
+@pytest.mark.parametrize("body", ["product", "recurrent"])  # one loop is differentiated as a whole
+def test_second_derivatives_are_refused_rather_than_zero(body):
     p, x = two_layers(), normal(2, 4, 5)
-    q = apt.apt_quantize(plain, backend="xla")
+    q = apt.apt_quantize(BODIES[body], backend="xla")
     state = q.init(p, x)
 
     def fn(x):

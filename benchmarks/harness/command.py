@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from harness import ceilings, machine, results
-from harness.timing import Key, Pace, interleave
-from harness.workers import ENVIRONMENTS, Team
+from harness.timing import Pace, interleave
+from harness.workers import ENVIRONMENTS, Key, Team
 
 
 def options(claim: str, rounds: int, block_ms: float, argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,13 +67,10 @@ def run(
             print(f"{case['name']} ...", file=sys.stderr)
             infos = team.prepare(case, chosen)
             unavailable |= {n: i["unavailable"] for n, i in infos.items() if "unavailable" in i}
-            keys: list[Key] = [(n, one) for n, i in infos.items() for one in i.get("passes", [])]
-            ms = {key: 1000 * value for key, value in interleave(team, keys, pace).items()}
-            new = [row | {"ratios": results.ratios(row["ms"])} for row in rows_of(case, ms, infos)]
+            ms = _milliseconds(team, infos, pace)
+            rows += [row | {"ratios": results.ratios(row["ms"])} for row in rows_of(case, ms, infos)]
             team.clear()
-            rows += new
-            for row in new:
-                print(_line(row), file=sys.stderr)
+            print("\n".join(_line(row) for row in rows if row["name"] == case["name"]), file=sys.stderr)
     document = {
         "benchmark": benchmark,
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -87,6 +84,11 @@ def run(
     }
     _save(benchmark, document, args)
     return document
+
+
+def _milliseconds(team: Team, infos: dict[str, dict], pace: Pace) -> dict[Key, float]:
+    keys = [(name, one) for name, info in infos.items() for one in info.get("passes", [])]
+    return {key: 1000 * value for key, value in interleave(team.run, keys, pace).items()}
 
 
 def _without(contenders: dict[str, list[str]], left_out: str, kinds: list[str]) -> dict[str, list[str]]:

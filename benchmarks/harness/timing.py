@@ -1,11 +1,11 @@
 """Interleaved timing: every contender once a round, the order reversed in every other round, medians."""
 
 import statistics
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from harness.workers import Team
-
-Key = tuple[str, str]  # ("kind/contender", pass)
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Pace(NamedTuple):
@@ -15,21 +15,29 @@ class Pace(NamedTuple):
     block: float  # seconds of one timed block, at least one call
 
 
-def interleave(team: Team, keys: list[Key], pace: Pace) -> dict[Key, float]:
-    """Median seconds of each contender's pass.
+def interleave(run: Callable[[Key, int], float], keys: Sequence[Key], pace: Pace) -> dict[Key, float]:
+    """Median seconds of each key.
 
-    The processes are timed one at a time; the others wait on their pipes. Drift of the clock speed meets all
-    of them alike, so ratios within one call of this function are sound and absolute times are not.
+    Args:
+      run: `run(key, count)` gives the mean seconds of `count` calls; nothing else runs meanwhile.
+      keys: what is timed.
+      pace: rounds, and the length of a block.
+
+    Drift of the clock speed meets all keys alike, so ratios within one call of this function are sound and
+    absolute times are not.
     """
-    counts = {key: max(1, min(10_000, int(pace.block / _run(team, key, 1)))) for key in keys}
+    counts = {key: max(1, min(10_000, int(pace.block / run(key, 1)))) for key in keys}
     seconds: dict[Key, list[float]] = {key: [] for key in keys}
     for number in range(pace.rounds):
         for key in keys if number % 2 == 0 else reversed(keys):
-            seconds[key].append(_run(team, key, counts[key]))
+            seconds[key].append(run(key, counts[key]))
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def _run(team: Team, key: Key, count: int) -> float:
-    where, one = key
-    kind, _, name = where.partition("/")
-    return team.workers[kind].call("run", name, one, count)
+def mean_seconds(call: Callable[[], Any], count: int) -> float:
+    """Of `count` calls, after a warm one."""
+    call()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harness.machine import limit_threads
+from harness.timing import mean_seconds
 
 Calls = dict[str, Callable[[], Any]]  # pass -> what is timed; returns when its results are there
 
@@ -38,13 +39,8 @@ class _Bench:
 
     def run(self, name: str, one: str, count: int) -> float:
         """Mean seconds of `count` calls, after the idle time and one warm call."""
-        call = self.calls[name, one]
         time.sleep(_IDLE)
-        call()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        return (time.perf_counter() - start) / count
+        return mean_seconds(self.calls[name, one], count)
 
     def clear(self) -> None:
         self.calls.clear()

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from typing import Any
 
+Key = tuple[str, str]  # ("kind/contender", pass)
+
 _YNN_OFF = "--xla_cpu_experimental_ynn_fusion_type="  # empty: XLA's own convolutions and reductions
 
 ENVIRONMENTS: dict[str, dict[str, str]] = {
@@ -94,6 +96,12 @@ class Team:
             self.workers[kind].send("prepare", case, names)
         answers = {kind: self.workers[kind].receive() for kind in active}
         return {f"{kind}/{name}": info for kind, infos in answers.items() for name, info in infos.items()}
+
+    def run(self, key: Key, count: int) -> float:
+        """Mean seconds of a contender's pass in its process; the others wait on their pipes."""
+        where, one = key
+        kind, _, name = where.partition("/")
+        return self.workers[kind].call("run", name, one, count)
 
     def clear(self) -> None:
         for worker in self.workers.values():

@@ -286,6 +286,18 @@ def product(
       RuntimeError: the library is not available.
     """
     _check_isa(isa)
+    formats = list(formats)
+    result = _check_product(kind, geometry, lhs, rhs, formats)
+    lhs_bad, rhs_bad = nonfinite or (jnp.float32(0), jnp.float32(0))
+    call = jax.ffi.ffi_call(
+        "jax_apt_product", jax.ShapeDtypeStruct(result, jnp.float32), vmap_method="broadcast_all"
+    )
+    operands = lhs, *formats[:2], lhs_bad, rhs, *formats[2:], rhs_bad
+    return call(*operands, kind=_KINDS.index(kind), geometry=geometry.numbers(), isa=isa)
+
+
+def _check_product(kind: str, geometry: Geometry, lhs: Array, rhs: Array, formats: list) -> tuple[int, ...]:
+    """Shape of the result; raises as `product` says."""
     if kind not in _KINDS:
         raise ValueError(f"product: kind must be one of {', '.join(_KINDS)}; got {kind!r}")
     shapes = geometry.shapes()
@@ -295,15 +307,9 @@ def product(
             raise TypeError(f"product: {name} must be uint8 limb planes, got {planes.dtype}")
         if planes.shape[1:] != shape:
             raise ValueError(f"product: {name} has planes of shape {planes.shape[1:]}, not {shape}")
-    formats = list(formats)
     if len(formats) != 4 or any(f.dtype != jnp.int32 or f.shape != () for f in formats):
         raise TypeError(f"product: formats must be four int32 scalars, got {formats}")
-    lhs_bad, rhs_bad = nonfinite or (jnp.float32(0), jnp.float32(0))
-    call = jax.ffi.ffi_call(
-        "jax_apt_product", jax.ShapeDtypeStruct(result, jnp.float32), vmap_method="broadcast_all"
-    )
-    operands = lhs, *formats[:2], lhs_bad, rhs, *formats[2:], rhs_bad
-    return call(*operands, kind=_KINDS.index(kind), geometry=geometry.numbers(), isa=isa)
+    return result
 
 
 # Max pooling

@@ -9,27 +9,6 @@
 //   PairWords   2 codes of one or two limbs, as int16; sums fit int32. vpmaddwd
 //   WideWords   a code of any width, as int32; sums in 64 bits
 
-#if defined(__AVX512BW__)
-constexpr int64_t kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kVectorBytes = 32;
-#else
-constexpr int64_t kVectorBytes = 16;
-#endif
-
-constexpr int64_t kWordLanes = kVectorBytes / 4;
-using WordVector = uint32_t __attribute__((vector_size(kVectorBytes)));
-using IntVector = int32_t __attribute__((vector_size(kVectorBytes)));
-using FloatVector = float __attribute__((vector_size(kVectorBytes)));
-using LongVector = uint64_t __attribute__((vector_size(kVectorBytes)));
-
-template <class Vector>
-Vector LoadVector(const void* from) {
-  Vector value;
-  __builtin_memcpy(&value, from, sizeof value);
-  return value;
-}
-
 // kWordLanes bytes as words, and half as many words, with their sign, as 64 bits: gcc 12 takes
 // __builtin_convertvector apart lane by lane.
 inline WordVector WidenBytes(const uint8_t* from) {

@@ -16,30 +16,30 @@ inline Value Magnitude(Value value) {
 }
 
 // Adds values of floats in some lanes up in double.
-inline double SumLanes(FloatLanes lanes) {
+inline double SumLanes(FloatVector lanes) {
   double sum = 0;
-  for (int64_t i = 0; i < kFloatLanes; ++i) sum += lanes[i];
+  for (int64_t i = 0; i < kWordLanes; ++i) sum += lanes[i];
   return sum;
 }
 
 // Largest magnitude, as a float's bits, and sum|x|.
 void MeasureRange(const float* x, int64_t count, int32_t* largest, double* abs_sum) {
-  IntLanes most = IntLanes{};
+  IntVector most = IntVector{};
   double sum = 0;
   int64_t i = 0;
-  while (i + kFloatLanes <= count) {
-    FloatLanes part = FloatLanes{};
-    for (const int64_t end = Min(count, i + kMeasuredRun); i + kFloatLanes <= end; i += kFloatLanes) {
-      const IntLanes bits = LoadFloats<IntLanes>(x + i) & kMagnitudeBits;
+  while (i + kWordLanes <= count) {
+    FloatVector part = FloatVector{};
+    for (const int64_t end = Min(count, i + kMeasuredRun); i + kWordLanes <= end; i += kWordLanes) {
+      const IntVector bits = LoadVector<IntVector>(x + i) & kMagnitudeBits;
       most = bits > most ? bits : most;
-      part += Magnitude<FloatLanes, IntLanes>(LoadFloats<FloatLanes>(x + i));
+      part += Magnitude<FloatVector, IntVector>(LoadVector<FloatVector>(x + i));
     }
     sum += SumLanes(part);
   }
   *largest = 0;
-  for (int64_t lane = 0; lane < kFloatLanes; ++lane) *largest = most[lane] > *largest ? most[lane] : *largest;
+  for (int64_t lane = 0; lane < kWordLanes; ++lane) *largest = most[lane] > *largest ? most[lane] : *largest;
   for (; i < count; ++i) {
-    const int32_t bits = LoadFloats<int32_t>(x + i) & kMagnitudeBits;
+    const int32_t bits = LoadVector<int32_t>(x + i) & kMagnitudeBits;
     *largest = bits > *largest ? bits : *largest;
     sum += __builtin_fabsf(x[i]);
   }
@@ -47,15 +47,15 @@ void MeasureRange(const float* x, int64_t count, int32_t* largest, double* abs_s
 }
 
 inline float Rounded(float value) { return __builtin_nearbyintf(value); }
-inline FloatLanes Rounded(FloatLanes value) {
-  for (int64_t i = 0; i < kFloatLanes; ++i) value[i] = __builtin_nearbyintf(value[i]);
+inline FloatVector Rounded(FloatVector value) {
+  for (int64_t i = 0; i < kWordLanes; ++i) value[i] = __builtin_nearbyintf(value[i]);
   return value;
 }
 
 // |x| - |x^| or |x - x^| of values in some lanes.
 template <bool kIsElementwise, class Value, class Bits>
 inline Value QuantizationError(const float* from, float inverse, float limit, float resolution) {
-  const Value x = LoadFloats<Value>(from), low = Value{} - limit, high = Value{} + limit;
+  const Value x = LoadVector<Value>(from), low = Value{} - limit, high = Value{} + limit;
   Value code = Rounded(x * inverse);
   code = code < high ? code : high;
   code = code > low ? code : low;
@@ -68,10 +68,10 @@ template <bool kIsElementwise>
 double SumErrors(const float* x, int64_t count, float inverse, float limit, float resolution) {
   double sum = 0;
   int64_t i = 0;
-  while (i + kFloatLanes <= count) {
-    FloatLanes part = FloatLanes{};
-    for (const int64_t end = Min(count, i + kMeasuredRun); i + kFloatLanes <= end; i += kFloatLanes)
-      part += QuantizationError<kIsElementwise, FloatLanes, IntLanes>(x + i, inverse, limit, resolution);
+  while (i + kWordLanes <= count) {
+    FloatVector part = FloatVector{};
+    for (const int64_t end = Min(count, i + kMeasuredRun); i + kWordLanes <= end; i += kWordLanes)
+      part += QuantizationError<kIsElementwise, FloatVector, IntVector>(x + i, inverse, limit, resolution);
     sum += SumLanes(part);
   }
   for (; i < count; ++i)

@@ -21,8 +21,8 @@ class PoolGradient {
           const int taps = FindPixels(z, y, w, pixels);
           const float* gradient = dy + number * p.inner;
           int64_t c = 0;
-          for (; c + kFloatLanes <= inner; c += kFloatLanes)
-            AddWindow<FloatLanes, IntLanes>(pixels, taps, x + c, gradient + c, dx + c);
+          for (; c + kWordLanes <= inner; c += kWordLanes)
+            AddWindow<FloatVector, IntVector>(pixels, taps, x + c, gradient + c, dx + c);
           for (; c < inner; ++c) AddWindow<float, int32_t>(pixels, taps, x + c, gradient + c, dx + c);
         }
   }
@@ -54,17 +54,17 @@ class PoolGradient {
     Place place = Place{} - 1;
     for (int t = 0; t < taps; ++t) {
       const Value value =
-          pixels[t] < 0 ? Value{} - __builtin_inff() : LoadFloats<Value>(x + pixels[t] * p.inner);
+          pixels[t] < 0 ? Value{} - __builtin_inff() : LoadVector<Value>(x + pixels[t] * p.inner);
       const auto is_kept = largest >= value;
       largest = is_kept ? largest : value;
       place = is_kept ? place : Place{} + pixels[t];
     }
-    const Value add = LoadFloats<Value>(gradient);
+    const Value add = LoadVector<Value>(gradient);
     for (int t = 0; t < taps; ++t) {
       if (pixels[t] < 0) continue;
       float* to = dx + pixels[t] * p.inner;
-      const Value sum = LoadFloats<Value>(to);
-      StoreFloats(to, place == Place{} + pixels[t] ? sum + add : sum);
+      const Value sum = LoadVector<Value>(to);
+      StoreVector(to, place == Place{} + pixels[t] ? sum + add : sum);
     }
   }
 };

@@ -14,6 +14,7 @@
 //   Columns      a micro-kernel on the same panels that is quick for a single row
 
 #include "packing.h"
+#include "vectors.h"
 
 template <class K>
 class Driver {
@@ -548,7 +549,6 @@ class Driver {
 };
 
 #include "depthwise_loops.h"
-#include "float_lanes.h"
 #include "measure_loops.h"
 #include "pool_loops.h"
 #include "quantize_loops.h"

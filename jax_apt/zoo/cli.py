@@ -245,7 +245,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     about = {"tasks": tasks} if options.all else tasks[options.task]
     results = {"command": command, "environment": machine, **about, "networks": entries}
     results["overall"] = overall(entries)
-    write_whole(options.out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_whole(options.out / "results.json", json.dumps(results, allow_nan=False))
     write_whole(
         options.out / "results.md", tables.markdown(entries) + tables.describe_origin(command, machine)
     )
@@ -350,7 +350,7 @@ def _results(options: argparse.Namespace, _: str) -> int:
     if not entries:
         return _fail(f"jax-apt results: error: no network has a finished pair in {options.folder / 'runs'}")
     results = {"networks": entries, "overall": overall(entries)}
-    write_whole(options.folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_whole(options.folder / "results.json", json.dumps(results, allow_nan=False))
     text = tables.markdown(entries) + tables.describe_origins(entries)
     write_whole(options.folder / "results.md", text)
     if options.pictures:
