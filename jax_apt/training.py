@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_apt import residuals
 from jax_apt.state import WATCH, AptState, Watch, check_state
 from jax_apt.transform import AptFunction
 
@@ -47,10 +48,12 @@ def value_and_grad(
         def tapped(variables, taps):
             return loss_fn(variables, q.with_taps(state, taps), *args, **kwargs)
 
-        both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=has_aux)
+        is_native = any(layer.backend == "native" for layer in state.layout.layers)
         token = WATCH.set(watch := Watch(state.step))
         try:
-            value, (gradients, statistics) = both(variables, q.taps(state))
+            value, (gradients, statistics) = residuals.value_and_grad(
+                tapped, (variables, q.taps(state)), has_aux=has_aux, is_native=is_native
+            )
         finally:
             WATCH.reset(token)
         if watch.used_outer and not watch.used_taps:

@@ -4,6 +4,7 @@
     adapt      the same in a format that is first chosen, where an update is due
     product    one of the three products of a convolution, or of a matrix product, of such planes
     max_pool_gradient   float32, as XLA computes it, in a tenth of the time
+    barrier    its operand, in place; XLA does not know that, and takes it for a new value
 
 The shared library is built with the package and registered when it is first needed; without it, as in a
 portable installation, `is_available` is False and `unavailable_reason` says why. The environment variable
@@ -28,7 +29,13 @@ from jax_apt.config import MEASURES
 from jax_apt.xla_ops.partitioning import partitioned
 
 _LIBRARY = pathlib.Path(__file__).with_name("libjax_apt_xla_ops.so")
-_TARGETS = ("jax_apt_product", "jax_apt_quantize", "jax_apt_adapt", "jax_apt_max_pool_gradient")
+_TARGETS = (
+    "jax_apt_product",
+    "jax_apt_quantize",
+    "jax_apt_adapt",
+    "jax_apt_max_pool_gradient",
+    "jax_apt_barrier",
+)
 _KINDS = ("forward", "input_gradient", "filter_gradient")
 
 Kind = Literal["forward", "input_gradient", "filter_gradient"]
@@ -393,3 +400,29 @@ def _max_pool_gradient(parts, x: Array, dy: Array, *, pool: Pool, isa: str) -> t
     result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     call = jax.ffi.ffi_call("jax_apt_max_pool_gradient", result, vmap_method="broadcast_all")
     return (call(x, dy, geometry=geometry, isa=isa),)
+
+
+# Barrier
+
+
+def barrier(x: Array, after: Array) -> Array:
+    """`x` itself, once `after` is there.
+
+    XLA's compiler for CPUs drops `lax.optimization_barrier`, and then merges what stands behind it with equal
+    operations elsewhere. Of a custom call it knows only that it needs both operands.
+
+    Args:
+      x, after: any shape and dtype.
+
+    Returns:
+      The buffer of `x`, or a copy of it if that is still needed elsewhere.
+
+    Raises:
+      RuntimeError: the library is not available.
+    """
+    _library()
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    call = jax.ffi.ffi_call(
+        "jax_apt_barrier", result, input_output_aliases={0: 0}, vmap_method="broadcast_all"
+    )
+    return call(x, after)

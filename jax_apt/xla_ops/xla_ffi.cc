@@ -1,5 +1,6 @@
 // XLA's view of the kernels: unpacks and validates buffers, and exports the FFI handlers.
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -242,6 +243,15 @@ ffi::Error MaxPoolGradientImpl(ffi::ThreadPool pool_of_threads, ffi::Buffer<ffi:
   return ffi::Error::Success();
 }
 
+// ---- Barrier
+
+ffi::Error BarrierImpl(ffi::AnyBuffer x, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> same) {
+  if (same->size_bytes() != x.size_bytes()) return Invalid("barrier: the result differs in size from x");
+  if (same->untyped_data() != x.untyped_data())
+    std::memcpy(same->untyped_data(), x.untyped_data(), x.size_bytes());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jax_apt
 
@@ -301,5 +311,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_max_pool_gradient, jax_apt::MaxPoolGradien
                                   .Ret<ffi::Buffer<ffi::F32>>()  // dx, as x
                                   .Attr<ffi::Span<const int64_t>>("geometry")
                                   .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_barrier, jax_apt::BarrierImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()    // x
+                                  .Arg<ffi::AnyBuffer>()    // what the result waits for
+                                  .Ret<ffi::AnyBuffer>());  // x
 
 #pragma GCC visibility pop
