@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from jax_apt import _jax_versions as versions
@@ -28,14 +29,14 @@ from jax_apt.xla_ops.partitioning import may_be_split
 _SMALL = 1 << 14  # bytes of a value that is kept in any case, like a mean of each channel
 _MAX_ROOTS = 3  # kept values that one is made from; more would recompute a whole path of shortcuts
 
-_ELEMENTWISE = frozenset(
-    """
-    abs add add_any and broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copy_p cos div
-    eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite le log log1p
-    logistic lt max min mul ne neg nextafter not or pad pow real reduce_precision rem reshape rev round rsqrt
-    select_n sign sin slice sqrt square squeeze stop_gradient sub tan tanh transpose xor
-    """.split()
+_NAMES = (
+    "abs add add_any and broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copy_p "
+    "cos div eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite "
+    "le log log1p logistic lt max min mul ne neg nextafter not or pad pow real reduce_precision rem "
+    "reshape rev round rsqrt select_n sign sin slice sqrt square squeeze stop_gradient sub tan tanh "
+    "transpose xor"
 )
+_ELEMENTWISE = frozenset(_NAMES.split())
 
 
 def value_and_grad(
@@ -54,7 +55,7 @@ def value_and_grad(
     Returns:
       (value, gradients), as `jax.value_and_grad` has them.
     """
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
         positions = tuple(range(len(arguments)))
         return jax.value_and_grad(function, argnums=positions, has_aux=has_aux)(*arguments)
     forward = _trace(function, arguments, has_aux)
@@ -73,6 +74,15 @@ def value_and_grad(
     gradients = _run_backward(_flatten(closed), residuals, cotangent, again)
     gradients = jax.tree.unflatten(jax.tree.structure(shapes), gradients)
     return (loss, forward.with_aux(aux)) if has_aux else loss, gradients
+
+
+def with_few_residuals(step: Callable) -> Callable:
+    """The step of a loop; there a plain remat will do, since XLA cannot merge the bodies of two loops."""
+
+    def is_kept(primitive, *_, **__) -> bool:
+        return primitive.name not in _ELEMENTWISE
+
+    return jax.checkpoint(step, prevent_cse=False, policy=is_kept)
 
 
 # Programs: jaxprs as graphs, with the jits in them written out
@@ -160,8 +170,8 @@ class _Forward:
     aux_tree: Any
 
     def with_aux(self, arrays: Sequence) -> Any:
-        arrays = iter(arrays)
-        return jax.tree.unflatten(self.aux_tree, [next(arrays) if x is None else x for x in self.aux])
+        remaining = iter(arrays)
+        return jax.tree.unflatten(self.aux_tree, [next(remaining) if x is None else x for x in self.aux])
 
 
 def _trace(function: Callable, arguments: tuple, has_aux: bool) -> _Forward:
@@ -217,7 +227,7 @@ def _choose(program: _Program, results: int) -> tuple[set[_Value], set[_Value]]:
 
 
 def _find_roots(program: _Program, results: int, small: int) -> dict[_Value, frozenset[_Value]]:
-    """The large values that each value is an elementwise function of; itself if there are many, or it is none.
+    """The large values that each is an elementwise function of; itself if there are many, or it is none.
 
     What the program takes and its results live through the backward pass anyway: nothing is made from them.
     """
@@ -245,7 +255,7 @@ def _is_elementwise(eqn: JaxprEqn) -> bool:
 
 
 class _Again:
-    """The forward pass's values as the backward pass reads them: kept, or made again when they are asked for."""
+    """The forward pass's values as the backward pass reads them: kept, or made again when asked for."""
 
     def __init__(self, values: dict[_Value, Any], kept: set[_Value], roots: set[_Value], later: Callable):
         self.values, self.kept, self.roots, self.later = values, kept, roots, later

@@ -35,6 +35,7 @@ from jax_apt.plan import (
 from jax_apt.primitives import RAGGED
 from jax_apt.products import check_sums_fit, trace_programs
 from jax_apt.report import Report, make_report
+from jax_apt.residuals import with_few_residuals
 from jax_apt.scan_over_time import (
     NOTHING_LATER,
     Deferred,
@@ -373,6 +374,7 @@ class _Replayer:
             out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner, later)
             return out[:num_carry], (out[num_carry:], later.codes)
 
+        step = with_few_residuals(step)
         scanned = (xs, sites if node.is_over_layers else None, probes or {})
         carry, (ys, codes) = lax.scan(
             step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]

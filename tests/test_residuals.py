@@ -1,0 +1,182 @@
+"""The backward pass makes again what it can: the same gradients, and less that is kept."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from small_networks import FASTEST
+
+import jax_apt as apt
+from jax_apt import residuals, xla_ops
+
+needs_kernels = pytest.mark.skipif(not xla_ops.is_available(), reason="needs the compiled library")
+
+
+class Normalized(nn.Module):
+    """Convolutions, normalization, relu, a shortcut."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(8):
+            y = nn.Conv(16, (3, 3), use_bias=False)(x)
+            y = nn.relu(nn.BatchNorm(use_running_average=False)(y))
+            x = x + y if x.shape == y.shape else y
+        return nn.Dense(4)(x.mean((1, 2)))
+
+
+class Pooled(nn.Module):
+    """Max pooling and local functions of several kinds."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.max_pool(nn.relu(nn.Conv(8, (3, 3))(x)), (2, 2), (2, 2))
+        x = jnp.concatenate([nn.gelu(nn.Conv(8, (1, 1))(x)), nn.silu(nn.Conv(8, (1, 1))(x))], axis=-1)
+        return nn.Dense(4)(nn.LayerNorm()(x).mean((1, 2)))
+
+
+def scanned_blocks(p, x):
+    """A scan over layers."""
+
+    def block(x, weight):
+        return x + nn.gelu(x @ weight), None
+
+    return lax.scan(block, x, p["blocks"])[0]
+
+
+def jitted(p, x):
+    return jax.jit(lambda p, x: jax.jit(nn.gelu)(x @ p["a"]) @ p["b"])(p, x)
+
+
+def cases():
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    rows = jax.random.normal(jax.random.key(1), (256, 32))
+    for module in (Normalized(), Pooled()):
+        variables = module.init(jax.random.key(2), images)
+        others = {k: v for k, v in variables.items() if k != "params"}
+
+        def apply(params, x, module=module, others=others):
+            return module.apply({"params": params, **others}, x, mutable=list(others))[0]
+
+        yield type(module).__name__, apply, variables["params"], images
+    blocks = jax.random.normal(jax.random.key(3), (6, 32, 32)) / 6
+    yield "scanned", scanned_blocks, {"blocks": blocks}, rows
+    yield "jitted", jitted, {"a": blocks[0], "b": blocks[1]}, rows
+
+
+CASES = {name: case for name, *case in cases()}
+
+
+def step_of(apply, x):
+    """(jitted step, its state)."""
+    q = apt.apt_quantize(apply, backend=FASTEST)
+
+    def loss_fn(params, state):
+        return jnp.mean(q.apply(params, state, x) ** 2)
+
+    return q, jax.jit(apt.value_and_grad(loss_fn, q))
+
+
+def keep_everything(function, arguments, *, has_aux, is_native):
+    return jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)(*arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_step(name, monkeypatch):
+    apply, params, x = CASES[name]
+    q, step = step_of(apply, x)
+    actual = step(params, q.init(params, x))
+    monkeypatch.setattr(residuals, "value_and_grad", keep_everything)
+    q, step = step_of(apply, x)
+    expected = step(params, q.init(params, x))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        # Sums of gradients are grouped otherwise; what is made again is the same.
+        np.testing.assert_allclose(np.float64(a), np.float64(e), rtol=2e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "at_most"), [("Normalized", 0.75), ("Pooled", 0.8), ("jitted", 0.8)])
+def test_less_is_kept(name, at_most, monkeypatch):
+    apply, params, x = CASES[name]
+    x = jnp.concatenate([x] * 8)
+
+    def memory():
+        q, step = step_of(apply, x)
+        return step.lower(params, q.init(params, x)).compile().memory_analysis().temp_size_in_bytes
+
+    little = memory()
+    monkeypatch.setattr(residuals, "value_and_grad", keep_everything)
+    assert little < at_most * memory()
+
+
+@needs_kernels
+def test_a_scan_over_layers_keeps_less_than_float32():
+    _, params, x = CASES["scanned"]
+    x = jnp.concatenate([x] * 8)
+    q, step = step_of(scanned_blocks, x)
+    memory = step.lower(params, q.init(params, x)).compile().memory_analysis().temp_size_in_bytes
+    float32 = jax.jit(jax.value_and_grad(lambda p: jnp.mean(scanned_blocks(p, x) ** 2))).lower(params)
+    assert memory < 0.6 * float32.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_auxiliary_data_may_be_anything():
+    apply, params, x = CASES["jitted"]
+    q = apt.apt_quantize(apply, backend=FASTEST)
+    state = q.init(params, x)
+    found = []
+
+    def loss_fn(params, state):
+        y = q.apply(params, state, x)
+        return jnp.mean(y**2), {"mean": y.mean(), "name": "kept", "none": None, "number": 3}
+
+    @jax.jit
+    def step(params, state):
+        (loss, aux), gradients, state = apt.value_and_grad(loss_fn, q, has_aux=True)(params, state)
+        found.append((aux["name"], aux["none"], aux["number"]))
+        return loss, aux["mean"], gradients, state
+
+    loss, mean, *_ = step(params, state)
+    (expected, aux), *_ = apt.value_and_grad(loss_fn, q, has_aux=True)(params, state)  # without jit
+    assert found == [("kept", None, 3)]
+    np.testing.assert_allclose([loss, mean], [expected, aux["mean"]], rtol=1e-5)
+
+
+def test_a_loss_that_is_no_scalar():
+    apply, params, x = CASES["jitted"]
+    q = apt.apt_quantize(apply, backend=FASTEST)
+    step = jax.jit(apt.value_and_grad(lambda p, s: q.apply(p, s, x), q))
+    with pytest.raises(TypeError, match=r"the loss must be a real scalar.*float32\[256,32\]"):
+        step(params, q.init(params, x))
+
+
+def test_batched_steps():
+    """An ensemble: vmap over parameters and states."""
+    apply, params, x = CASES["jitted"]
+    q, _ = step_of(apply, x)
+    state = q.init(params, x)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+
+    def step(params, state):
+        return apt.value_and_grad(lambda p, s: jnp.mean(q.apply(p, s, x) ** 2), q)(params, state)
+
+    loss, gradients, _ = jax.jit(jax.vmap(step))(many, states)
+    for i, factor in enumerate((1, 2)):
+        one, each, _ = jax.jit(step)(jax.tree.map(lambda leaf, f=factor: f * leaf, params), state)
+        np.testing.assert_allclose(loss[i], one, rtol=1e-5)
+        np.testing.assert_allclose(gradients["a"][i], each["a"], rtol=1e-4, atol=1e-6)
+
+
+@needs_kernels
+def test_barrier_gives_its_operand_back():
+    def function(x, y):
+        return xla_ops.barrier(x + 1, y), x + 1
+
+    x, y = jnp.arange(5.0), jnp.ones((2, 2), jnp.int32)
+    again, once = jax.jit(function)(x, y)
+    assert jnp.array_equal(again, once)
+    both = jax.jit(jax.vmap(xla_ops.barrier, (0, None)))(jnp.stack([x, 2 * x]), y)
+    assert jnp.array_equal(both, jnp.stack([x, 2 * x]))
+    text = jax.jit(function).lower(x, y).compile().as_text()
+    assert text.count("jax_apt_barrier") > 0 and "output_to_operand_aliasing" in text
