@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 from flax.nnx import filterlib
 
+from jax_apt import residuals
 from jax_apt.config import Backend, Config, Rule
 from jax_apt.report import Report, make_report
 from jax_apt.state import update, zero_taps
@@ -135,8 +136,10 @@ def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.P
             return loss, (aux, _changed(nodes, before))
 
         taps = [zero_taps(state.layout) for state in states]
-        both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
-        (loss, (aux, changed)), (gradients, statistics) = both(parameters, taps)
+        layouts = [state.layout for state in states]
+        (loss, (aux, changed)), (gradients, statistics) = residuals.value_and_grad(
+            tapped, (parameters, taps), layouts, has_aux=True
+        )
         nnx.update(whole, changed)
         for layer, state, tap in zip(layers, states, statistics, strict=True):
             layer.precision.set_value(update(state, tap, layer.options[1]))

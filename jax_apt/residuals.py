@@ -24,6 +24,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
+from jax_apt.state import Layout
 from jax_apt.xla_ops.partitioning import may_be_split
 
 _SMALL = 1 << 14  # bytes of a value that is kept in any case, like a mean of each channel
@@ -40,7 +41,7 @@ _ELEMENTWISE = frozenset(_NAMES.split())
 
 
 def value_and_grad(
-    function: Callable, arguments: tuple, *, has_aux: bool, is_native: bool
+    function: Callable, arguments: tuple, layouts: Sequence[Layout], *, has_aux: bool
 ) -> tuple[Any, tuple[Any, ...]]:
     """`jax.value_and_grad` with respect to all arguments, with few residuals.
 
@@ -49,8 +50,8 @@ def value_and_grad(
     Args:
       function: returns a float scalar, or (scalar, aux) if `has_aux`.
       arguments: pytrees of float arrays.
+      layouts: of the precision states that the function uses; whether custom calls may run is in them.
       has_aux: whether the function returns auxiliary data.
-      is_native: whether custom calls may run.
 
     Returns:
       (value, gradients), as `jax.value_and_grad` has them.
@@ -66,6 +67,7 @@ def value_and_grad(
     def pull_back(residuals, cotangent):
         return jax.tree.unflatten(forward.pullback, residuals)(cotangent)
 
+    is_native = any(layer.backend == "native" for layout in layouts for layer in layout.layers)
     later = partial(_later, is_native=is_native)
     residuals, cotangent = program.outputs[results:], later(jnp.ones_like(loss), loss)
     types = [jax.typeof(values[v]) for v in residuals]

@@ -17,6 +17,9 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any, AptState]]:
     """Like `jax.value_and_grad` with respect to the variables, and the state after the step.
 
+    Inside `jax.jit` less is kept for the backward pass: elementwise functions of what is kept are computed
+    again there (module `residuals`). The gradients are the same.
+
     Args:
       loss_fn: `loss_fn(variables, state, *args, **kwargs)`, a scalar, or (scalar, aux) if `has_aux`. It
         calls `q.apply(variables, state, ...)`, as often as it likes.
@@ -48,11 +51,10 @@ def value_and_grad(
         def tapped(variables, taps):
             return loss_fn(variables, q.with_taps(state, taps), *args, **kwargs)
 
-        is_native = any(layer.backend == "native" for layer in state.layout.layers)
         token = WATCH.set(watch := Watch(state.step))
         try:
             value, (gradients, statistics) = residuals.value_and_grad(
-                tapped, (variables, q.taps(state)), has_aux=has_aux, is_native=is_native
+                tapped, (variables, q.taps(state)), [state.layout], has_aux=has_aux
             )
         finally:
             WATCH.reset(token)

@@ -78,7 +78,7 @@ def step_of(apply, x):
     return q, jax.jit(apt.value_and_grad(loss_fn, q))
 
 
-def keep_everything(function, arguments, *, has_aux, is_native):
+def keep_everything(function, arguments, layouts, *, has_aux):
     return jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)(*arguments)
 
 
