@@ -2,8 +2,8 @@
 
     python benchmarks/activations_take_less_memory.py [--help]
 
-XLA's own account of the compiled step; nothing is timed. "remat": what lies between the products is computed
-again in the backward pass; float32 keeps the products' results, jax_apt the codes of their operands.
+XLA's own account of the compiled step; nothing is timed. jax_apt computes elementwise functions again in the
+backward pass, "products" also the forward products. "remat": float32 keeps the products' results alone.
 """
 
 from harness import command, networks, steps
@@ -14,7 +14,7 @@ def main() -> None:
     cases = [case | {"memory_only": True} for case in networks.steps(args.quick)]
 
     def contenders(case):
-        names = ["float32", "float32-remat", "apt-8", "apt-adaptive", "apt-adaptive-remat"]
+        names = ["float32", "float32-remat", "apt-8", "apt-adaptive", "apt-adaptive-products"]
         return {"jax": names, "jax_ynn_off": ["float32", "float32-remat"]}
 
     document = command.run("activations_take_less_memory", args, cases, contenders, steps.memory_rows)

@@ -31,7 +31,9 @@ _MEANS = (
     ("depthwise 3x3, int16 gradients", "depthwise", "all", "jax/apt-8-8-16"),
 )
 _STEPS = {"jax/apt-8": "int8 gradients", "jax/apt-16": "int16", "jax/apt-24": "int24"}
-_STEPS |= {"jax/apt-adaptive": "widths by APT", "jax/qwix": "Qwix int8"}
+_STEPS |= {"jax/qwix": "Qwix int8"}
+_RECOMPUTED = {"jax/apt-adaptive": "", "jax/apt-adaptive-products": ", products again"}
+_STEPS |= {name: f"widths by APT{label}" for name, label in _RECOMPUTED.items()}
 
 
 def _means(documents: dict[str, dict]) -> dict[str, str]:
@@ -66,9 +68,11 @@ def _steps(documents: dict[str, dict]) -> dict[str, str]:
 def _memory_and_adaptation(documents: dict[str, dict]) -> dict[str, str]:
     cells = {}
     for row in documents.get("activations_take_less_memory", {}).get("rows", []):
-        if "jax/apt-adaptive" in row["of_float32"]:
-            share = number(row["of_float32"]["jax/apt-adaptive"])
-            cells[f"temporary memory of float32's, {row['name']}"] = share
+        for name, label in _RECOMPUTED.items():
+            if name in row["of_float32"]:
+                cells[f"temporary memory of float32's, {row['name']}{label}"] = number(
+                    row["of_float32"][name]
+                )
     for row in documents.get("adaptation_costs_little", {}).get("rows", []):
         cells[f"cost of adaptation, {row['name']}"] = f"{100 * row['cost']:.1f} %"
     return cells

@@ -13,6 +13,8 @@ MIN_BITS, MAX_BITS = 2, 24
 
 Backend = Literal["auto", "native", "xla", "emulate"]
 BACKENDS: tuple[str, ...] = ("auto", "native", "xla", "emulate")
+Recompute = Literal["nothing", "elementwise", "products"]
+RECOMPUTE: tuple[str, ...] = ("nothing", "elementwise", "products")
 MODES: tuple[str, ...] = ("grow", "restart")
 ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic")
 GEMMS: tuple[str, ...] = ("fwd", "dx", "dw")
@@ -30,6 +32,10 @@ def check_backend(backend) -> None:
 
 def check_measure(measure) -> None:
     _check_choice("measure", measure, MEASURES)
+
+
+def check_recompute(recompute) -> None:
+    _check_choice("recompute", recompute, RECOMPUTE)
 
 
 def _is_int(value) -> bool:

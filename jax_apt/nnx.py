@@ -15,7 +15,7 @@ from flax import nnx
 from flax.nnx import filterlib
 
 from jax_apt import residuals
-from jax_apt.config import Backend, Config, Rule
+from jax_apt.config import Backend, Config, Recompute, Rule, check_recompute
 from jax_apt.report import Report, make_report
 from jax_apt.state import update, zero_taps
 from jax_apt.transform import apt_quantize
@@ -95,13 +95,16 @@ class Quantized(nnx.Module):
         return q, (own, (others, data)), whole
 
 
-def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.Param) -> Callable[..., Any]:
+def value_and_grad(
+    loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.Param, recompute: Recompute = "elementwise"
+) -> Callable[..., Any]:
     """Like `nnx.value_and_grad`, and moves the precision of every `Quantized` module one step on.
 
     Args:
       loss_fn: `loss_fn(model, *args, **kwargs)`, a scalar, or (scalar, aux) if `has_aux`.
       has_aux: whether `loss_fn` returns auxiliary data beside the loss.
       wrt: NNX filter of the Variables of `model` to differentiate with respect to.
+      recompute: what the backward pass computes again; see `jax_apt.value_and_grad`.
 
     Returns:
       A function of (model, *args, **kwargs) that returns (value, gradients); value is (loss, aux) if
@@ -109,9 +112,11 @@ def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.P
 
     Raises:
       TypeError: `loss_fn` is no function, or `model` is or holds no `Quantized` module.
+      ValueError: `recompute` is none of the three.
     """
     if not callable(loss_fn):
         raise TypeError(f"value_and_grad(loss_fn): loss_fn must be a function, got {type(loss_fn).__name__}")
+    check_recompute(recompute)
     is_wrt = filterlib.to_predicate(wrt)
 
     def is_parameter(path, value):
@@ -138,7 +143,7 @@ def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.P
         taps = [zero_taps(state.layout) for state in states]
         layouts = [state.layout for state in states]
         (loss, (aux, changed)), (gradients, statistics) = residuals.value_and_grad(
-            tapped, (parameters, taps), layouts, has_aux=True
+            tapped, (parameters, taps), layouts, has_aux=True, recompute=recompute
         )
         nnx.update(whole, changed)
         for layer, state, tap in zip(layers, states, statistics, strict=True):

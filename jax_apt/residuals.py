@@ -1,4 +1,4 @@
-"""What the backward pass keeps of the forward pass: what elementwise operations cannot make again.
+"""What the backward pass keeps of the forward pass: what it cannot cheaply make again.
 
 JAX keeps every value that a derivative reads. Behind a convolution, batch normalization and relu read three
 of the size of its result y: y, y - mean, and where the sum is positive. All three are elementwise functions
@@ -8,6 +8,8 @@ XLA's compiler for CPUs merges equal operations and ignores an optimization barr
 saves nothing: what is to be made again already exists. So y comes through a custom call that gives its own
 operand back, in place, and that takes a gradient of the layers behind as a second operand: what is made from
 it is new to XLA, and is not made before that gradient is there.
+
+With `recompute="products"` y is made again too, from the codes of its operands, which are kept anyway.
 """
 
 import math
@@ -24,6 +26,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
+from jax_apt.config import Recompute
+from jax_apt.primitives import PRODUCTS
 from jax_apt.state import Layout
 from jax_apt.xla_ops.partitioning import may_be_split
 
@@ -41,7 +45,12 @@ _ELEMENTWISE = frozenset(_NAMES.split())
 
 
 def value_and_grad(
-    function: Callable, arguments: tuple, layouts: Sequence[Layout], *, has_aux: bool
+    function: Callable,
+    arguments: tuple,
+    layouts: Sequence[Layout],
+    *,
+    has_aux: bool,
+    recompute: Recompute = "elementwise",
 ) -> tuple[Any, tuple[Any, ...]]:
     """`jax.value_and_grad` with respect to all arguments, with few residuals.
 
@@ -52,11 +61,12 @@ def value_and_grad(
       arguments: pytrees of float arrays.
       layouts: of the precision states that the function uses; whether custom calls may run is in them.
       has_aux: whether the function returns auxiliary data.
+      recompute: what the backward pass may compute again.
 
     Returns:
       (value, gradients), as `jax.value_and_grad` has them.
     """
-    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
+    if recompute == "nothing" or not any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments)):
         positions = tuple(range(len(arguments)))
         return jax.value_and_grad(function, argnums=positions, has_aux=has_aux)(*arguments)
     forward = _trace(function, arguments, has_aux)
@@ -72,7 +82,7 @@ def value_and_grad(
     residuals, cotangent = program.outputs[results:], later(jnp.ones_like(loss), loss)
     types = [jax.typeof(values[v]) for v in residuals]
     closed, shapes = jax.make_jaxpr(pull_back, return_shape=True)(types, jax.typeof(cotangent))
-    again = _Again(values, *_choose(program, results), later)
+    again = _Again(values, *_choose(program, results, recompute), later)
     gradients = _run_backward(_flatten(closed), residuals, cotangent, again)
     gradients = jax.tree.unflatten(jax.tree.structure(shapes), gradients)
     return (loss, forward.with_aux(aux)) if has_aux else loss, gradients
@@ -203,7 +213,7 @@ def _check_loss(loss) -> None:
 # Choice
 
 
-def _choose(program: _Program, results: int) -> tuple[set[_Value], set[_Value]]:
+def _choose(program: _Program, results: int, recompute: Recompute) -> tuple[set[_Value], set[_Value]]:
     """(values that are kept, those of them that other residuals are made from).
 
     Args:
@@ -212,7 +222,7 @@ def _choose(program: _Program, results: int) -> tuple[set[_Value], set[_Value]]:
     """
     residuals = program.outputs[results:]
     small = min(_SMALL, max((v.size() for v in residuals), default=0) // 64)
-    roots = _find_roots(program, results, small)
+    roots = _find_roots(program, results, small, recompute)
     groups: dict[frozenset[_Value], set[_Value]] = {}
     for v in residuals:
         groups.setdefault(roots[v], set()).add(v)
@@ -228,20 +238,23 @@ def _choose(program: _Program, results: int) -> tuple[set[_Value], set[_Value]]:
     return kept, used
 
 
-def _find_roots(program: _Program, results: int, small: int) -> dict[_Value, frozenset[_Value]]:
+def _find_roots(
+    program: _Program, results: int, small: int, recompute: Recompute
+) -> dict[_Value, frozenset[_Value]]:
     """The large values that each is an elementwise function of; itself if there are many, or it is none.
 
     What the program takes and its results live through the backward pass anyway: nothing is made from them.
     """
     roots = {v: frozenset({v}) for v in (*program.inputs, *program.outputs)}
     fixed = {*program.inputs, *program.outputs[:results]}
+    can_recompute = _is_elementwise if recompute == "elementwise" else _is_elementwise_or_product
     for step in program.steps:
         for v in step.inputs:
             if v.step is None:
                 roots[v] = frozenset({v})
                 fixed.add(v)
         found = frozenset().union(*(roots[v] for v in step.inputs if v.size() > small))
-        is_made = _is_elementwise(step.eqn) and len(found) <= _MAX_ROOTS and not found & fixed
+        is_made = can_recompute(step.eqn) and len(found) <= _MAX_ROOTS and not found & fixed
         roots |= {v: found if is_made else frozenset({v}) for v in step.outputs}
     return roots
 
@@ -251,6 +264,11 @@ def _is_elementwise(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name in ("custom_jvp_call", "jit"):
         return all(_is_elementwise(inner) for body in versions.sub_jaxprs(eqn) for inner in body.jaxpr.eqns)
     return eqn.primitive.name in _ELEMENTWISE
+
+
+def _is_elementwise_or_product(eqn: JaxprEqn) -> bool:
+    is_native = eqn.primitive.name == "ffi_call" and eqn.params["target_name"] == "jax_apt_product"
+    return is_native or eqn.primitive.name in PRODUCTS or _is_elementwise(eqn)
 
 
 # Backward

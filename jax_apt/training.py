@@ -8,23 +8,25 @@ import jax
 import jax.numpy as jnp
 
 from jax_apt import residuals
+from jax_apt.config import Recompute, check_recompute
 from jax_apt.state import WATCH, AptState, Watch, check_state
 from jax_apt.transform import AptFunction
 
 
 def value_and_grad(
-    loss_fn: Callable, q: AptFunction, *, has_aux: bool = False
+    loss_fn: Callable, q: AptFunction, *, has_aux: bool = False, recompute: Recompute = "elementwise"
 ) -> Callable[..., tuple[Any, Any, AptState]]:
     """Like `jax.value_and_grad` with respect to the variables, and the state after the step.
 
-    Inside `jax.jit` less is kept for the backward pass: elementwise functions of what is kept are computed
-    again there (module `residuals`). The gradients are the same.
 
     Args:
       loss_fn: `loss_fn(variables, state, *args, **kwargs)`, a scalar, or (scalar, aux) if `has_aux`. It
         calls `q.apply(variables, state, ...)`, as often as it likes.
       q: the quantized function.
       has_aux: whether `loss_fn` returns auxiliary data beside the loss.
+      recompute: what the backward pass computes again instead of keeping it, inside `jax.jit`: "elementwise"
+        functions of what is kept, which costs no time; the forward "products" too, so that of a layer little
+        but integer codes is kept; or "nothing". Gradients are the same.
 
     Returns:
       A function of (variables, state, *args, **kwargs) that returns (value, gradients, state); value is
@@ -33,6 +35,7 @@ def value_and_grad(
     Raises:
       TypeError: `loss_fn` is no function or `q` was not made by `apt_quantize`; a leaf of the variables is
         not float32, float16 or bfloat16; or the state is no AptState.
+      ValueError: `recompute` is none of the three.
 
     Warns:
       UserWarning: the loss calls `apply` with the state outside it and never with the one that it is given,
@@ -44,6 +47,7 @@ def value_and_grad(
         )
     if not isinstance(q, AptFunction):
         raise TypeError(f"value_and_grad(loss_fn, q): q must be made by apt_quantize, got {type(q).__name__}")
+    check_recompute(recompute)
 
     def with_statistics(variables, state: AptState, *args, **kwargs):
         _check(variables, state)
@@ -54,7 +58,7 @@ def value_and_grad(
         token = WATCH.set(watch := Watch(state.step))
         try:
             value, (gradients, statistics) = residuals.value_and_grad(
-                tapped, (variables, q.taps(state)), [state.layout], has_aux=has_aux
+                tapped, (variables, q.taps(state)), [state.layout], has_aux=has_aux, recompute=recompute
             )
         finally:
             WATCH.reset(token)

@@ -16,6 +16,8 @@ import optax
 import jax_apt as apt
 from harness.networks import batches, initial, module_of
 from harness.worker import Calls
+from jax_apt import residuals
+from jax_apt.config import Recompute
 
 _NEVER = 2**30  # a step that no training reaches
 _INITIAL_STEPS = 10
@@ -25,8 +27,8 @@ _SETTLING = 150  # steps before anything is timed or counted
 def build(case: dict, name: str) -> tuple[Calls, dict]:
     """Calls and info of a contender: float32, bfloat16, qwix, apt-8, apt-16, apt-24 or apt-adaptive.
 
-    With "-remat" behind it the backward pass computes again what lies between the products: float32 keeps
-    their results, jax_apt the codes of their operands.
+    With "-remat" behind it float32 keeps the products' results alone and computes what lies between them
+    again in the backward pass. With "-products" jax_apt computes the products again as well.
     """
     if name.startswith("apt-"):
         return _apt(case, name.removeprefix("apt-"))
@@ -146,17 +148,14 @@ def _quantized_by_qwix(module, case: dict):
 
 def _apt(case: dict, grads: str) -> tuple[Calls, dict]:
     """grads: a width, or "adaptive": int8, int16 or int24 as the method chooses for each tensor."""
-    grads, is_remat = grads.removesuffix("-remat"), grads.endswith("-remat")
+    grads, recompute = grads.removesuffix("-products"), "products" if "-products" in grads else "elementwise"
     rules = [] if grads == "adaptive" else [apt.Rule(grads=int(grads))]
     config = apt.Config(steps_per_epoch=1000, initial_fraction=_INITIAL_STEPS / 1000)
-    apply = _model(module_of(case))
-    if is_remat:
-        apply = jax.checkpoint(apply, policy=apt.checkpoint_policies.save_codes)
-    q = apt.apt_quantize(apply, rules, config=config)
+    q = apt.apt_quantize(_model(module_of(case)), rules, config=config)
     params, others = _variables(case)
     state = q.init(params, others, jnp.asarray(batches(case, 1)[0][0]))
     carry = (params, others, _optimizer().init(params), state)
-    compiled, info = _compile(_apt_step(q), carry, case)
+    compiled, info = _compile(_apt_step(q, recompute), carry, case)
     if case.get("memory_only"):
         return {}, info
     loop = _Loop(compiled, carry, case)
@@ -172,7 +171,7 @@ def _apt(case: dict, grads: str) -> tuple[Calls, dict]:
     return calls, info | _precision(q, loop)
 
 
-def _apt_step(q: apt.AptFunction):
+def _apt_step(q: apt.AptFunction, recompute: Recompute):
     optimizer = _optimizer()
 
     def step(carry, x, y):
@@ -182,7 +181,8 @@ def _apt_step(q: apt.AptFunction):
             logits, after = q.apply(params, state, others, x)
             return _loss(logits, y), after
 
-        (loss, after), gradients, state = apt.value_and_grad(loss_fn, q, has_aux=True)(params, state)
+        both = apt.value_and_grad(loss_fn, q, has_aux=True, recompute=recompute)
+        (loss, after), gradients, state = both(params, state)
         updates, momenta = optimizer.update(gradients, momenta, params)
         return (optax.apply_updates(params, updates), after, momenta, state), loss
 
@@ -200,7 +200,8 @@ def _still_step(q: apt.AptFunction):
             logits, after = q.apply(params, state, others, x)
             return _loss(logits, y), after
 
-        (loss, after), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        value = residuals.value_and_grad(loss_fn, (params,), [state.layout], has_aux=True)
+        (loss, after), (gradients,) = value
         updates, momenta = optimizer.update(gradients, momenta, params)
         return (optax.apply_updates(params, updates), after, momenta, state), loss
 

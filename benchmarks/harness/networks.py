@@ -217,7 +217,8 @@ def initial(case: dict) -> dict:
 
 def steps(quick: bool) -> list[dict]:
     """The training steps that are timed."""
-    every, some, one = ("apt-8", "apt-16", "apt-adaptive"), ("apt-8", "apt-adaptive"), ("apt-adaptive",)
+    one = ("apt-adaptive", "apt-adaptive-products")
+    every, some = ("apt-8", "apt-16", *one), ("apt-8", *one)
     sizes = (  # the contenders are fewer where compilation is long
         ("ResNet-18 CIFAR, batch 16", "resnet18", 16, (*every, "qwix")),
         ("ResNet-18 CIFAR, batch 64", "resnet18", 64, one),
