@@ -9,7 +9,7 @@ from jax import lax
 from small_networks import FASTEST
 
 import jax_apt as apt
-from jax_apt import residuals, xla_ops
+from jax_apt import xla_ops
 
 needs_kernels = pytest.mark.skipif(not xla_ops.is_available(), reason="needs the compiled library")
 
@@ -68,46 +68,51 @@ def cases():
 CASES = {name: case for name, *case in cases()}
 
 
-def step_of(apply, x):
-    """(jitted step, its state)."""
+def step_of(apply, x, recompute="elementwise"):
     q = apt.apt_quantize(apply, backend=FASTEST)
 
     def loss_fn(params, state):
         return jnp.mean(q.apply(params, state, x) ** 2)
 
-    return q, jax.jit(apt.value_and_grad(loss_fn, q))
+    return q, jax.jit(apt.value_and_grad(loss_fn, q, recompute=recompute))
 
 
-def keep_everything(function, arguments, layouts, *, has_aux):
-    return jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)(*arguments)
-
-
+@pytest.mark.parametrize("recompute", ["elementwise", "products"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_step(name, monkeypatch):
+def test_the_same_step(name, recompute):
     apply, params, x = CASES[name]
-    q, step = step_of(apply, x)
+    q, step = step_of(apply, x, recompute)
     actual = step(params, q.init(params, x))
-    monkeypatch.setattr(residuals, "value_and_grad", keep_everything)
-    q, step = step_of(apply, x)
+    q, step = step_of(apply, x, "nothing")
     expected = step(params, q.init(params, x))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         # Sums of gradients are grouped otherwise; what is made again is the same.
         np.testing.assert_allclose(np.float64(a), np.float64(e), rtol=2e-5, atol=1e-6)
 
 
-@needs_kernels
-@pytest.mark.parametrize(("name", "at_most"), [("Normalized", 0.75), ("Pooled", 0.8), ("jitted", 0.8)])
-def test_less_is_kept(name, at_most, monkeypatch):
+def memory(name, recompute):
     apply, params, x = CASES[name]
     x = jnp.concatenate([x] * 8)
+    q, step = step_of(apply, x, recompute)
+    return step.lower(params, q.init(params, x)).compile().memory_analysis().temp_size_in_bytes
 
-    def memory():
-        q, step = step_of(apply, x)
-        return step.lower(params, q.init(params, x)).compile().memory_analysis().temp_size_in_bytes
 
-    little = memory()
-    monkeypatch.setattr(residuals, "value_and_grad", keep_everything)
-    assert little < at_most * memory()
+@needs_kernels
+@pytest.mark.parametrize("name", ["Normalized", "Pooled", "jitted"])
+def test_less_is_kept(name):
+    assert memory(name, "elementwise") < 0.8 * memory(name, "nothing")
+
+
+@needs_kernels
+def test_without_products_still_less():
+    assert memory("Normalized", "products") < 0.8 * memory("Normalized", "elementwise")
+
+
+def test_what_to_recompute_is_checked():
+    q = apt.apt_quantize(jitted)
+    message = "recompute must be one of nothing, elementwise, products; got 'everything'"
+    with pytest.raises(ValueError, match=message):
+        apt.value_and_grad(lambda p, s: 0.0, q, recompute="everything")
 
 
 @needs_kernels
