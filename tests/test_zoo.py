@@ -273,11 +273,25 @@ def test_what_has_finished_is_compared_over_the_seeds_that_are_there(tmp_path):
     assert vgg["difference"] == paired_difference([50.0, 60.0], [51.0, 62.0])
     assert (vgg["float32"], vgg["apt"], vgg["float32_spread"]) == (55.0, 56.5, 20.0)
     assert vgg["others"]["int8"]["difference"]["each"] == [-10.0]
-    assert vgg["origin"]["environment"]["cpu"] == "now"
+    assert {origin["environment"]["cpu"] for origin in vgg["origins"]} == {"now"}
     assert tables.describe_origins([mlp, vgg]) == "- `jax-apt compare`; now, 2 cores, avx2; jax 1; code d\n"
     text = tables.markdown([mlp, vgg])
     assert "| mlp | digits (top-1) | 1 |" in text and "-1.00 [needs 2 seeds]" in text
     assert "mean over 2 networks: +0.25" in text and "mean over 1 networks: -10.00" in text
+
+
+def test_runs_of_several_versions_count_together_if_asked_for(tmp_path):
+    keep(tmp_path, "now", "clutter", "vgg16", float32=[50.0, 60.0], apt=[51.0])
+    about = {"cpu": "later", "cores": 2, "isa": "amx", "versions": {}, "jax_apt": {"digest": "e"}}
+    runs = Runs(tmp_path, {"settings": {"task": "clutter"}, "environment": about})
+    runs.save(finished_run(62.0), network="vgg16", seed=1, precision="apt")
+    other = Runs(tmp_path, {"settings": {"task": "clutter", "epochs": 1}, "environment": about})
+    other.save(finished_run(0.0), network="vgg16", seed=2, precision="float32")
+    (entry,) = finished_entries(tmp_path)
+    assert entry["difference"]["each"] == [1.0]
+    (entry,) = finished_entries(tmp_path, across_versions=True)
+    assert entry["difference"]["each"] == [1.0, 2.0]
+    assert "code d" in tables.describe_origins([entry]) and "code e" in tables.describe_origins([entry])
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,12 @@ def _add_results(commands) -> None:
     add("folder", type=pathlib.Path, metavar="FOLDER", help="of a comparison")
     add("--into", type=pathlib.Path, default=argparse.SUPPRESS, help="file whose marked table is replaced")
     add("--pictures", type=pathlib.Path, help="folder to draw a picture per network to")
+    add(
+        "--across-versions",
+        action="store_true",
+        help="let runs of several versions of the code count together; sound only where networks and tasks "
+        "have not changed between them",
+    )
     results.set_defaults(function=_results)
 
 
@@ -346,7 +352,7 @@ def _results(options: argparse.Namespace, _: str) -> int:
     from jax_apt.zoo.compare import finished_entries, overall
     from jax_apt.zoo.runs import write_whole
 
-    entries = finished_entries(options.folder / "runs")
+    entries = finished_entries(options.folder / "runs", options.across_versions)
     if not entries:
         return _fail(f"jax-apt results: error: no network has a finished pair in {options.folder / 'runs'}")
     results = {"networks": entries, "overall": overall(entries)}

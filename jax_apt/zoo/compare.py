@@ -104,16 +104,21 @@ def _step_times(trainer: Trainer, network: str, runs: Runs, precisions: Sequence
     return times
 
 
-def finished_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
+def finished_entries(folder: pathlib.Path, across_versions: bool = False) -> list[dict[str, Any]]:
     """Entries of the networks with a finished pair in a folder of runs, whatever code has made them.
 
-    Runs of one network with several settings or versions are not mixed: those with the most runs count.
+    Args:
+      folder: with one file per run.
+      across_versions: whether runs of one network from several versions and machines count together if their
+        settings are the same. Only whoever knows that networks and tasks are the same can say so; otherwise
+        those with the most runs count.
     """
     by_origin: dict[tuple[str, str], dict[str, list]] = {}
     for key, result in read_runs(folder):
         network = key["common"]["settings"]["task"], key["network"]
-        origin = json.dumps(key["common"], sort_keys=True)
-        by_origin.setdefault(network, {}).setdefault(origin, []).append((key, result))
+        origin = key["common"]["settings"] if across_versions else key["common"]
+        mixed = by_origin.setdefault(network, {}).setdefault(json.dumps(origin, sort_keys=True), [])
+        mixed.append((key, result))
     entries = []
     for task, network in sorted(by_origin, key=_place):
         found = max(by_origin[task, network].values(), key=len)
@@ -125,7 +130,8 @@ def finished_entries(folder: pathlib.Path) -> list[dict[str, Any]]:
             else:
                 times |= result
         if results.get("float32", {}).keys() & results.get("apt", {}).keys():
-            entries.append(make_entry(network, task, results, times) | {"origin": found[0][0]["common"]})
+            origins = [key["common"] for key, _ in found]
+            entries.append(make_entry(network, task, results, times) | {"origins": origins})
     return entries
 
 

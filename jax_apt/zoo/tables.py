@@ -112,7 +112,8 @@ def describe_origin(command: str, environment: dict[str, Any]) -> str:
 
 def describe_origins(entries: list[dict[str, Any]]) -> str:
     """A line for each machine and version that runs of finished entries come from."""
-    lines = [describe_origin("jax-apt compare", entry["origin"]["environment"]) for entry in entries]
+    origins = [origin["environment"] for entry in entries for origin in entry["origins"]]
+    lines = [describe_origin("jax-apt compare", environment) for environment in origins]
     return "".join(dict.fromkeys(lines))
 
 

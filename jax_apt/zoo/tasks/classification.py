@@ -17,7 +17,7 @@ CLUTTER = Task(
     kind="classification",
     metric="top-1",
     networks=("alexnet", "vgg16", "inception-bn", "resnet18", "resnet50", "resnet152", "mobilenet-v2"),
-    recipe=Recipe(epochs=12, batch_size=32, learning_rate=3e-3, warmup=0.05),
+    recipe=Recipe(epochs=24, batch_size=32, learning_rate=3e-3, warmup=0.05),
     load=load,
     outputs=10,
     loss=cross_entropy,
