@@ -152,6 +152,9 @@ CONVOLUTIONS = {
         (9, 8), 64, 64, (3, 2), groups=64, pad=(2, -1), stride=(2, 3), dilation=(1, 2), batch=2
     ),
     "depthwise_3d": convolution((4, 3, 5), 3, 3, (2, 2, 3), groups=3, pad=(1, 0, 1), stride=(1, 2, 1)),
+    # Rows of more than 64 pixels are taken in stretches; more taps than fit the registers at once.
+    "depthwise_long_rows": convolution((3, 150), 5, 5, (2, 11), groups=5, pad=(1, 5)),
+    "depthwise_long_strided": convolution((3, 211), 17, 17, (5, 5), groups=17, pad=(2, 2), stride=(2, 3)),
     "3d": convolution((4, 3, 5), 2, 3, (2, 1, 3), pad=(1, 0, 1), batch=2),
     "nothing_left": convolution((2, 2), 3, 4, (3, 3), batch=2),
     "unequal_padding": convolution((5, 7), 3, 2, (4, 4), pad=(0, 3), pad_after=(3, 0)),
