@@ -29,6 +29,11 @@ SECOND = (
     "gradients are computed from integer codes; differentiate the original function, or leave layers in float"
 )
 
+RESULTS = (
+    "what value_and_grad returns has no derivative: gradients of a quantized function are taken once; for a "
+    "derivative of your own call jax.value_and_grad on the loss, or differentiate the original function"
+)
+
 
 def reverse_once(values: Sequence) -> list:
     """Operands, or results, of a product as they are, to be differentiated in reverse mode, once.
@@ -92,6 +97,17 @@ _once.def_abstract_eval(_first)
 mlir.register_lowering(_once, lambda _, x, *__: [x])
 batching.primitive_batchers[_once] = lambda args, dims: (_once.bind(*args), dims[0])
 ad.primitive_jvps[_once] = _jvp
+
+
+@jax.custom_jvp
+def in_no_derivative(x: Array) -> Array:
+    """`x`, as an input of a computation whose derivative has been taken: any other is a TypeError."""
+    return x
+
+
+@in_no_derivative.defjvp
+def _refuse_any(primals, tangents):
+    raise TypeError(RESULTS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -27,6 +27,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
 from jax_apt.config import Recompute
+from jax_apt.derivatives import in_no_derivative
 from jax_apt.primitives import PRODUCTS
 from jax_apt.state import Layout
 from jax_apt.xla_ops.partitioning import may_be_split
@@ -71,7 +72,7 @@ def value_and_grad(
         return jax.value_and_grad(function, argnums=positions, has_aux=has_aux)(*arguments)
     forward = _trace(function, arguments, has_aux)
     program, results = forward.program, forward.results
-    values = program.run(jax.tree.leaves(arguments))
+    values = program.run([in_no_derivative(x) for x in jax.tree.leaves(arguments)])
     loss, *aux = (values[v] for v in program.outputs[:results])
 
     def pull_back(residuals, cotangent):
@@ -135,8 +136,10 @@ class _Program:
     def run(self, arguments: Sequence) -> dict[_Value, Any]:
         """Every value of the program."""
         values = dict(zip(self.inputs, arguments, strict=True))
-        values |= {v: v.constant for step in self.steps for v in step.inputs if v.constant is not None}
-        values |= {v: v.constant for v in self.outputs if v.constant is not None}
+        for v in (*(v for step in self.steps for v in step.inputs), *self.outputs):
+            if v.constant is not None:
+                is_given = isinstance(v.constant, Tracer) and versions.is_float(v.constant)
+                values[v] = in_no_derivative(v.constant) if is_given else v.constant
         for step in self.steps:
             values |= step.run([values[v] for v in step.inputs])
         return values
@@ -205,6 +208,8 @@ def _trace(function: Callable, arguments: tuple, has_aux: bool) -> _Forward:
 
 
 def _check_loss(loss) -> None:
+    if not jax.tree_util.treedef_is_leaf(jax.tree.structure(loss)):
+        raise TypeError(f"the loss must be a real scalar, got {loss}; return (loss, aux) with has_aux=True")
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         kind = jax.typeof(loss).str_short()
         raise TypeError(f"the loss must be a real scalar, for a gradient is taken of it; got {kind}")

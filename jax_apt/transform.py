@@ -100,6 +100,8 @@ def apt_quantize(
     """
     if not callable(fn):
         raise TypeError(f"apt_quantize takes a function, got {type(fn).__name__}")
+    if isinstance(getattr(fn, "__self__", None), AptFunction):
+        raise TypeError("apt_quantize takes the original function; this one is made by apt_quantize already")
     _check_rules(rules)
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {config!r}")

@@ -12,6 +12,8 @@ import jax_apt as apt
 def test_errors_at_the_door():
     with pytest.raises(TypeError, match="takes a function, got int"):
         apt.apt_quantize(3)
+    with pytest.raises(TypeError, match="takes the original function; this one is made by apt_quantize"):
+        apt.apt_quantize(apt.apt_quantize(plain).apply)
     with pytest.raises(TypeError, match="rules must be Rule objects, got 'Dense'"):
         apt.apt_quantize(plain, ["Dense"])
     with pytest.raises(TypeError, match="config must be a Config"):

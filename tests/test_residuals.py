@@ -155,6 +155,31 @@ def test_a_loss_that_is_no_scalar():
         step(params, q.init(params, x))
 
 
+def test_a_loss_of_several_values():
+    apply, params, x = CASES["jitted"]
+    q = apt.apt_quantize(apply, backend=FASTEST)
+    step = jax.jit(apt.value_and_grad(lambda p, s: (jnp.mean(q.apply(p, s, x)), 1), q))
+    with pytest.raises(TypeError, match=r"got \(.*has_aux=True"):
+        step(params, q.init(params, x))
+
+
+def test_results_have_no_derivative():
+    """Neither with respect to what is trained, nor to what the loss closes over; JAX would call them zero."""
+    apply, params, x = CASES["jitted"]
+    q = apt.apt_quantize(apply, backend="xla")
+    state = q.init(params, x)
+
+    def results(params, x):
+        loss, gradients, _ = apt.value_and_grad(lambda p, s: jnp.mean(q.apply(p, s, x) ** 2), q)(
+            params, state
+        )
+        return loss + jnp.sum(gradients["a"])
+
+    for position in (0, 1):
+        with pytest.raises(TypeError, match="what value_and_grad returns has no derivative"):
+            jax.jit(jax.grad(results, position))(params, x)
+
+
 def test_batched_steps():
     """An ensemble: vmap over parameters and states."""
     apply, params, x = CASES["jitted"]
