@@ -32,7 +32,9 @@ from jax_apt.primitives import PRODUCTS
 from jax_apt.state import Layout
 from jax_apt.xla_ops.partitioning import may_be_split
 
-_SMALL = 1 << 14  # bytes of a value that is kept in any case, like a mean of each channel
+# A value is kept in any case, like a mean of each channel, if it has at most so many bytes and is so many
+# times smaller than the largest residual.
+_SMALL, _SMALLER = 1 << 14, 64
 _MAX_ROOTS = 3  # kept values that one is made from; more would recompute a whole path of shortcuts
 
 _NAMES = (
@@ -226,7 +228,7 @@ def _choose(program: _Program, results: int, recompute: Recompute) -> tuple[set[
       results: how many of the former.
     """
     residuals = program.outputs[results:]
-    small = min(_SMALL, max((v.size() for v in residuals), default=0) // 64)
+    small = min(_SMALL, max((v.size() for v in residuals), default=0) // _SMALLER)
     roots = _find_roots(program, results, small, recompute)
     groups: dict[frozenset[_Value], set[_Value]] = {}
     for v in residuals:

@@ -18,7 +18,6 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any, AptState]]:
     """Like `jax.value_and_grad` with respect to the variables, and the state after the step.
 
-
     Args:
       loss_fn: `loss_fn(variables, state, *args, **kwargs)`, a scalar, or (scalar, aux) if `has_aux`. It
         calls `q.apply(variables, state, ...)`, as often as it likes.
@@ -26,7 +25,8 @@ def value_and_grad(
       has_aux: whether `loss_fn` returns auxiliary data beside the loss.
       recompute: what the backward pass computes again instead of keeping it, inside `jax.jit`: "elementwise"
         functions of what is kept, which costs no time; the forward "products" too, so that of a layer little
-        but integer codes is kept; or "nothing". Gradients are the same.
+        but integer codes is kept; or "nothing" (loops inside the function keep little in any case).
+        Gradients are the same.
 
     Returns:
       A function of (variables, state, *args, **kwargs) that returns (value, gradients, state); value is

@@ -111,7 +111,7 @@ def finished_entries(folder: pathlib.Path, across_versions: bool = False) -> lis
       folder: with one file per run.
       across_versions: whether runs of one network from several versions and machines count together if their
         settings are the same. Only whoever knows that networks and tasks are the same can say so; otherwise
-        those with the most runs count.
+        those with the most runs count. Of two runs of one seed the last by file name counts.
     """
     by_origin: dict[tuple[str, str], dict[str, list]] = {}
     for key, result in read_runs(folder):
