@@ -38,11 +38,13 @@ _SMALL, _SMALLER = 1 << 14, 64
 _MAX_ROOTS = 3  # kept values that one is made from; more would recompute a whole path of shortcuts
 
 _NAMES = (
-    "abs add add_any and broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copy_p "
-    "cos div eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite "
-    "le log log1p logistic lt max min mul ne neg nextafter not or pad pow real reduce_precision rem "
-    "reshape rev round rsqrt select_n sign sin slice sqrt square squeeze stop_gradient sub tan tanh "
-    "transpose xor"
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim "
+    "cbrt ceil clamp clz complex concatenate conj convert_element_type copy cos cosh div eq erf "
+    "erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow iota is_finite le log log1p log2 "
+    "logistic lt max min mul mulhi ne neg nextafter not one_minus_square or pad polynomial "
+    "population_count pow real reduce_precision rem reshape rev round rsqrt select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square squeeze stack "
+    "stop_gradient sub tan tanh tile transpose xor"
 )
 _ELEMENTWISE = frozenset(_NAMES.split())
 

@@ -1,5 +1,7 @@
 """The backward pass makes again what it can: the same gradients, and less that is kept."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jax import lax
 from small_networks import FASTEST
 
 import jax_apt as apt
-from jax_apt import xla_ops
+from jax_apt import residuals, xla_ops
 
 needs_kernels = pytest.mark.skipif(not xla_ops.is_available(), reason="needs the compiled library")
 
@@ -106,6 +108,23 @@ def test_less_is_kept(name):
 @needs_kernels
 def test_without_products_still_less():
     assert memory("Normalized", "products") < 0.8 * memory("Normalized", "elementwise")
+
+
+ACTIVATIONS = (
+    nn.celu, nn.elu, nn.gelu, nn.hard_sigmoid, nn.hard_swish, nn.leaky_relu, nn.log_sigmoid, nn.relu,
+    nn.relu6, nn.selu, nn.sigmoid, nn.silu, nn.soft_sign, nn.softplus, nn.tanh,
+    jnp.sinc, lax.logistic, lax.rsqrt,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, partial(nn.gelu, approximate=False)])
+def test_what_activations_are_made_of_is_elementwise(activation):
+    """Releases of JAX add primitives; one that is not known here would be kept."""
+    with jax.numpy_dtype_promotion("standard"):
+        closed = jax.make_jaxpr(lambda x: jax.vjp(activation, x)[1](x))(jnp.ones((4, 8)))
+    steps = residuals._flatten(closed).steps
+    assert steps
+    assert {step.eqn.primitive.name for step in steps if not residuals._is_elementwise(step.eqn)} == set()
 
 
 def test_what_to_recompute_is_checked():
