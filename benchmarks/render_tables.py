@@ -34,6 +34,7 @@ _STEPS = {"jax/apt-8": "int8 gradients", "jax/apt-16": "int16", "jax/apt-24": "i
 _STEPS |= {"jax/qwix": "Qwix int8"}
 _RECOMPUTED = {"jax/apt-adaptive": "", "jax/apt-adaptive-products": ", products again"}
 _STEPS |= {name: f"widths by APT{label}" for name, label in _RECOMPUTED.items()}
+_ALLOCATORS = {"": "", "@tcmalloc_minimal": ", all contenders with tcmalloc"}
 
 
 def _means(documents: dict[str, dict]) -> dict[str, str]:
@@ -55,13 +56,15 @@ def _means(documents: dict[str, dict]) -> dict[str, str]:
 
 def _steps(documents: dict[str, dict]) -> dict[str, str]:
     cells = {}
-    for row in documents.get("training_step_is_faster_than_float32", {}).get("rows", []):
-        for name, label in _STEPS.items():
-            if name in row["ratios"]:
-                ratio = row["ratios"][name]
-                cells[f"step {row['name']}, {label}"] = (
-                    f"{number(ratio.get('xla'))} / {number(ratio.get('torch'))}"
-                )
+    for variant, where in _ALLOCATORS.items():
+        document = documents.get(f"training_step_is_faster_than_float32{variant}", {})
+        for row in document.get("rows", []):
+            for name, label in _STEPS.items():
+                if name in row["ratios"]:
+                    ratio = row["ratios"][name]
+                    cells[f"step {row['name']}, {label}{where}"] = (
+                        f"{number(ratio.get('xla'))} / {number(ratio.get('torch'))}"
+                    )
     return cells
 
 
@@ -88,7 +91,7 @@ def render(everything: dict[str, dict[str, dict]]) -> str:
     columns, about = {}, []
     for key, every in everything.items():
         if documents := _plain(every):
-            columns[key] = _means(documents) | _steps(documents) | _memory_and_adaptation(documents)
+            columns[key] = _means(documents) | _steps(every) | _memory_and_adaptation(documents)
             about.append(_about(key, documents))
     labels = list(dict.fromkeys(label for cells in columns.values() for label in cells))
     lines = [[label, *(cells.get(label, "-") for cells in columns.values())] for label in labels]

@@ -1,6 +1,7 @@
 """The command line that the benchmarks share, and the running of their cases."""
 
 import argparse
+import ctypes.util
 import datetime
 import os
 import pathlib
@@ -24,16 +25,25 @@ def options(claim: str, rounds: int, block_ms: float, argv: list[str] | None = N
     parser.add_argument("--merge", action="store_true", help="put the rows in the file of all cases")
     parser.add_argument("--without", default="", help="contenders to leave out, by comma: torch,aqt")
     parser.add_argument("--nonnegative", action="store_true", help="activations are a ReLU's output")
-    parser.add_argument("--huge-pages", action="store_true", help="glibc.malloc.hugetlb=1 for all contenders")
+    parser.add_argument("--allocator", default="", help="of all contenders, such as tcmalloc_minimal")
     parser.add_argument("--every-width", action="store_true", help="steps: all contenders, long compilations")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; saves nothing")
     parser.add_argument("--out", default=None, help="folder of the JSON file, instead of results/<cpu>")
     args = parser.parse_args(argv)
     if args.quick:
         args.rounds, args.block_ms = 2, 1.0
-    if args.huge_pages:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # workers inherit it
+    if args.allocator:
+        os.environ["LD_PRELOAD"] = _library(args.allocator)  # workers inherit it
     return args
+
+
+def _library(allocator: str) -> str:
+    library = ctypes.util.find_library(allocator)
+    if library is None:
+        raise SystemExit(
+            f"--allocator {allocator}: no lib{allocator} is installed; Debian has libtcmalloc-minimal4"
+        )
+    return library
 
 
 def run(
@@ -109,7 +119,7 @@ def _with_ceilings(rows: list[dict], measured: dict[str, float], isa: str) -> li
 
 def _save(benchmark: str, document: dict, args: argparse.Namespace) -> None:
     parts = [benchmark, os.environ.get("JAX_APT_ISA"), args.nonnegative and "nonnegative"]
-    parts += [args.huge_pages and "huge-pages", args.threads != 2 and f"{args.threads}-threads"]
+    parts += [args.allocator, args.threads != 2 and f"{args.threads}-threads"]
     if not args.merge:
         parts += [args.only and "only-" + "".join(c if c.isalnum() else "-" for c in args.only)]
     name = "@".join(str(part) for part in parts if part)
