@@ -238,7 +238,7 @@ def test_every_number_can_be_written():
 
 def test_numbers_are_held_out_and_inputs_are_targets_moved_by_one():
     data = translation.load(1)
-    train, test = ({row.tobytes() for row in rows} for rows in (data.train_inputs[0], data.test_inputs[0]))
+    train, test = ({row.tobytes() for row in rows} for rows in (data.train_labels, data.test_labels))
     assert len(train) == translation.TRAIN and len(test) == translation.TEST and not train & test
     begun, ended = data.train_inputs[1], data.train_labels
     assert (begun[:, 0] == translation.START).all()
@@ -246,6 +246,19 @@ def test_numbers_are_held_out_and_inputs_are_targets_moved_by_one():
     np.testing.assert_array_equal(
         (begun[:, 1:] * is_word[:, :-1])[is_word[:, :-1]], ended[:, :-1][is_word[:, :-1]]
     )
+
+
+def test_some_words_of_the_source_are_lost_and_other_ones_in_each_epoch():
+    data = translation.load(1)
+    for source in (data.test_inputs[0], *(next(data.batches(1024, 1, epoch))[0][0] for epoch in (0, 1))):
+        share = (source == translation.UNKNOWN).sum() / (source > translation.END).sum()
+        assert 0.8 * translation.LOST_SHARE < share < 1.2 * translation.LOST_SHARE
+    assert not (data.train_inputs[0] == translation.UNKNOWN).any()
+    epochs = [next(data.batches(len(data), 1, epoch)) for epoch in (0, 1)]
+    first, second = ({row.tobytes() for row in inputs[0]} for inputs, _ in epochs)
+    assert len(first & second) < len(first) / 2
+    for (_, begun), ended in epochs:
+        assert not (begun == translation.UNKNOWN).any() and not (ended == translation.UNKNOWN).any()
 
 
 def test_greedy_translation_follows_its_own_words():

@@ -55,10 +55,6 @@ def take(tree: Any, index) -> Any:
     return jax.tree.map(lambda array: array[index], tree)
 
 
-def unchanged(inputs, labels, rng):
-    return inputs, labels
-
-
 def outputs_as_they_are(apply: Callable[[Any], Any], inputs: Any) -> Any:
     return apply(inputs)
 
