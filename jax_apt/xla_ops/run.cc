@@ -9,8 +9,9 @@
 namespace jax_apt {
 namespace {
 
-// Of groups, whose kernels are slower than the full ones.
-constexpr double kSerialInGroups = 1e6;
+// What takes one thread as long as it takes to wake another: multiply-adds of groups, whose kernels are
+// slower than the full ones, and codes read and results written, which take long where sums are short.
+constexpr double kSerialInGroups = 1e6, kSerialElements = 1 << 17;
 
 int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
@@ -63,10 +64,20 @@ bool IsNonnegative(const uint8_t* bytes, int64_t count) {
   return true;
 }
 
-int64_t LhsSize(const Product& product) {
+struct Sizes {
+  int64_t lhs, rhs, out;
+};
+
+Sizes SizesOf(const Product& product) {
   const Geometry& g = product.geometry;
-  return product.kind == Kind::kInputGradient ? g.batch * Volume(g.out) * g.out_channels
-                                              : g.batch * Volume(g.in) * g.in_channels;
+  const int64_t x = g.batch * Volume(g.in) * g.in_channels, y = g.batch * Volume(g.out) * g.out_channels;
+  const int64_t w = Volume(g.window) * g.in_channels / std::max<int64_t>(g.groups, 1) * g.out_channels;
+  switch (product.kind) {
+    case Kind::kForward: return {x, w, y};
+    case Kind::kInputGradient: return {y, w, x};
+    case Kind::kFilterGradient: break;
+  }
+  return {x, y, w};
 }
 
 // A ReLU's output, say, may have kernels of its own.
@@ -74,7 +85,7 @@ const Kernels& Choose(const Kernels& kernels, const std::vector<Product>& produc
   if (kernels.nonnegative == nullptr || products[0].geometry.groups != 1) return kernels;
   if (IsWinograd(products[0], kernels.shape)) return kernels;
   for (const Product& product : products)
-    if (product.lhs.bits > 8 || !IsNonnegative(product.lhs.plane[0], LhsSize(product))) return kernels;
+    if (product.lhs.bits > 8 || !IsNonnegative(product.lhs.plane[0], SizesOf(product).lhs)) return kernels;
   return *kernels.nonnegative;
 }
 
@@ -85,18 +96,30 @@ double MultiplyAdds(const Product& product) {  // of limbs
          (LimbCount(product.lhs.bits) * LimbCount(product.rhs.bits));
 }
 
+double Elements(const Product& product) {  // codes by limbs
+  const Sizes sizes = SizesOf(product);
+  return static_cast<double>(sizes.lhs) * LimbCount(product.lhs.bits) +
+         static_cast<double>(sizes.rhs) * LimbCount(product.rhs.bits) + static_cast<double>(sizes.out);
+}
+
+double SerialMultiplyAdds(const Kernels& kernels, const Product& product) {
+  return product.geometry.groups > 1 ? kSerialInGroups : kernels.shape.serial;
+}
+
 }  // namespace
 
 bool IsSmall(const Kernels& kernels, const Product& product, int64_t count) {
-  const double serial = product.geometry.groups > 1 ? kSerialInGroups : kernels.shape.serial;
-  return MultiplyAdds(product) * static_cast<double>(count) < serial;
+  const auto products = static_cast<double>(count);
+  return MultiplyAdds(product) * products < SerialMultiplyAdds(kernels, product) &&
+         Elements(product) * products < kSerialElements;
 }
 
 bool RunProducts(const Kernels& isa, const std::vector<Product>& products, Parallel& parallel) {
   if (products.empty() || IsEmpty(products[0])) return true;
   const Kernels& kernels = Choose(isa, products);
   // Small products are handed out whole, large ones are split among the threads themselves.
-  const bool is_whole = products.size() > 1 && IsSmall(kernels, products[0], 1);
+  const bool is_whole =
+      products.size() > 1 && MultiplyAdds(products[0]) < SerialMultiplyAdds(kernels, products[0]);
   const std::vector<Plan> plans = MakePlans(kernels, products, is_whole ? 1 : parallel.workers());
   int64_t bytes = 64;
   for (const Plan& plan : plans) bytes = std::max(bytes, plan.scratch_bytes);
