@@ -34,7 +34,7 @@ _STEPS = {"jax/apt-8": "int8 gradients", "jax/apt-16": "int16", "jax/apt-24": "i
 _STEPS |= {"jax/qwix": "Qwix int8"}
 _RECOMPUTED = {"jax/apt-adaptive": "", "jax/apt-adaptive-products": ", products again"}
 _STEPS |= {name: f"widths by APT{label}" for name, label in _RECOMPUTED.items()}
-_ALLOCATORS = {"": "", "@tcmalloc_minimal": ", all contenders with tcmalloc"}
+_ALLOCATORS = {"": "", "@tcmalloc_minimal": ", tcmalloc"}
 
 
 def _means(documents: dict[str, dict]) -> dict[str, str]:
@@ -97,7 +97,7 @@ def render(everything: dict[str, dict[str, dict]]) -> str:
     lines = [[label, *(cells.get(label, "-") for cells in columns.values())] for label in labels]
     note = (
         "How many times as fast as XLA's float32 (the better of two settings, row by row) / as PyTorch's; "
-        "geometric means with the least row in parentheses."
+        "geometric means with the least row in parentheses. In rows with tcmalloc all contenders have it."
     )
     return "\n\n".join([note, table(["work", *columns], lines), "\n".join(about)])
 

@@ -4,6 +4,7 @@
 
 #include "plan.h"
 #include "product.h"
+#include "sizes.h"
 
 namespace jax_apt {
 
@@ -30,31 +31,21 @@ struct Call {
     return FindMistake();
   }
 
-  int64_t LhsSize() const { return kind == Kind::kInputGradient ? YSize() : XSize(); }
-  int64_t RhsSize() const { return kind == Kind::kFilterGradient ? YSize() : WSize(); }
-  int64_t OutSize() const {
-    return kind == Kind::kForward ? YSize() : kind == Kind::kInputGradient ? XSize() : WSize();
-  }
+  Sizes sizes() const { return SizesOf(kind, geometry); }  // of one product
 
   // The i-th product; `lhs` and `rhs` hold planes, each of all matrices.
   Product At(int64_t i, const uint8_t* lhs, const uint8_t* rhs, const int32_t* formats, float* out) const {
+    const Sizes size = sizes();
     Product product{kind, geometry, {{}, formats[0], formats[1]}, {{}, formats[2], formats[3]}, nullptr};
     for (int limb = 0; limb < kMaxLimbs; ++limb) {
-      if (limb < LimbCount(formats[0])) product.lhs.plane[limb] = lhs + (limb * matrices + i) * LhsSize();
-      if (limb < LimbCount(formats[2])) product.rhs.plane[limb] = rhs + (limb * matrices + i) * RhsSize();
+      if (limb < LimbCount(formats[0])) product.lhs.plane[limb] = lhs + (limb * matrices + i) * size.lhs;
+      if (limb < LimbCount(formats[2])) product.rhs.plane[limb] = rhs + (limb * matrices + i) * size.rhs;
     }
-    product.out = out + i * OutSize();
+    product.out = out + i * size.out;
     return product;
   }
 
  private:
-  static int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
-  int64_t XSize() const { return geometry.batch * Volume(geometry.in) * geometry.in_channels; }
-  int64_t YSize() const { return geometry.batch * Volume(geometry.out) * geometry.out_channels; }
-  int64_t WSize() const {
-    return Volume(geometry.window) * (geometry.in_channels / geometry.groups) * geometry.out_channels;
-  }
-
   const char* FindMistake() const {
     const Geometry& g = geometry;
     if (matrices < 0 || g.batch < 0 || g.in_channels < 0 || g.out_channels < 0) return "a size is negative";

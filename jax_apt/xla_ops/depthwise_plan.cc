@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "sizes.h"
+
 namespace jax_apt {
 namespace {
 
@@ -16,7 +18,6 @@ constexpr int64_t kFewTerms = 64;  // sums that must be stored more often are be
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 int64_t MaxCode(int bits) { return (int64_t{1} << (bits - 1)) - 1; }
-int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
 class DepthwisePlanner {
  public:

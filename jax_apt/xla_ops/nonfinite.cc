@@ -3,10 +3,10 @@
 #include <cmath>
 #include <vector>
 
+#include "sizes.h"
+
 namespace jax_apt {
 namespace {
-
-int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
 // A tensor as rows of vectors: pixels of channels, or (taps, input channels) of output channels.
 class Marks {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "sizes.h"
+
 namespace jax_apt {
 namespace {
 
@@ -15,7 +17,6 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a % b < 0) != (b < 0)); }
 int64_t MaxCode(int bits) { return (int64_t{1} << (bits - 1)) - 1; }
-int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
 // Row-major position of a point.
 int64_t Linear(const int64_t* at, const int64_t* size) { return (at[0] * size[1] + at[1]) * size[2] + at[2]; }

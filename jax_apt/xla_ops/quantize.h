@@ -8,7 +8,7 @@
 
 namespace jax_apt {
 
-constexpr int64_t kSerialValues = 1 << 16;  // of a tensor that the calling thread looks through alone
+constexpr int64_t kSerialValues = 1 << 18;  // of a tensor that the calling thread looks through alone
 constexpr int kMaxWidths = 23;
 
 enum class Measure { kMeanMagnitude, kElementwise, kResolution };

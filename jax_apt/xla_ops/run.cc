@@ -4,6 +4,7 @@
 
 #include "plan.h"
 #include "scratch.h"
+#include "sizes.h"
 #include "team.h"
 
 namespace jax_apt {
@@ -11,19 +12,7 @@ namespace {
 
 // What takes one thread as long as it takes to wake another: multiply-adds of groups, whose kernels are
 // slower than the full ones, and codes read and results written, which take long where sums are short.
-constexpr double kSerialInGroups = 1e6, kSerialElements = 1 << 17;
-
-int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
-
-bool IsEmpty(const Product& product) {
-  const Geometry& g = product.geometry;
-  switch (product.kind) {
-    case Kind::kForward: return g.batch * Volume(g.out) * g.out_channels == 0;
-    case Kind::kInputGradient: return g.batch * Volume(g.in) * g.in_channels == 0;
-    case Kind::kFilterGradient: return Volume(g.window) * g.in_channels * g.out_channels == 0;
-  }
-  return true;
-}
+constexpr double kSerialInGroups = 1e6, kSerialElements = 1 << 19;
 
 struct Share {  // what the tasks of a batch need
   const Kernels& kernels;
@@ -64,40 +53,26 @@ bool IsNonnegative(const uint8_t* bytes, int64_t count) {
   return true;
 }
 
-struct Sizes {
-  int64_t lhs, rhs, out;
-};
-
-Sizes SizesOf(const Product& product) {
-  const Geometry& g = product.geometry;
-  const int64_t x = g.batch * Volume(g.in) * g.in_channels, y = g.batch * Volume(g.out) * g.out_channels;
-  const int64_t w = Volume(g.window) * g.in_channels / std::max<int64_t>(g.groups, 1) * g.out_channels;
-  switch (product.kind) {
-    case Kind::kForward: return {x, w, y};
-    case Kind::kInputGradient: return {y, w, x};
-    case Kind::kFilterGradient: break;
-  }
-  return {x, y, w};
-}
-
 // A ReLU's output, say, may have kernels of its own.
 const Kernels& Choose(const Kernels& kernels, const std::vector<Product>& products) {
   if (kernels.nonnegative == nullptr || products[0].geometry.groups != 1) return kernels;
   if (IsWinograd(products[0], kernels.shape)) return kernels;
   for (const Product& product : products)
-    if (product.lhs.bits > 8 || !IsNonnegative(product.lhs.plane[0], SizesOf(product).lhs)) return kernels;
+    if (product.lhs.bits > 8 ||
+        !IsNonnegative(product.lhs.plane[0], SizesOf(product.kind, product.geometry).lhs))
+      return kernels;
   return *kernels.nonnegative;
 }
 
 double MultiplyAdds(const Product& product) {  // of limbs
   const Geometry& g = product.geometry;
   return static_cast<double>(g.batch) * Volume(g.out) * Volume(g.window) *
-         (static_cast<double>(g.in_channels) / std::max<int64_t>(g.groups, 1)) * g.out_channels *
+         (static_cast<double>(g.in_channels) / g.groups) * g.out_channels *
          (LimbCount(product.lhs.bits) * LimbCount(product.rhs.bits));
 }
 
 double Elements(const Product& product) {  // codes by limbs
-  const Sizes sizes = SizesOf(product);
+  const Sizes sizes = SizesOf(product.kind, product.geometry);
   return static_cast<double>(sizes.lhs) * LimbCount(product.lhs.bits) +
          static_cast<double>(sizes.rhs) * LimbCount(product.rhs.bits) + static_cast<double>(sizes.out);
 }
@@ -115,7 +90,7 @@ bool IsSmall(const Kernels& kernels, const Product& product, int64_t count) {
 }
 
 bool RunProducts(const Kernels& isa, const std::vector<Product>& products, Parallel& parallel) {
-  if (products.empty() || IsEmpty(products[0])) return true;
+  if (products.empty() || SizesOf(products[0].kind, products[0].geometry).out == 0) return true;
   const Kernels& kernels = Choose(isa, products);
   // Small products are handed out whole, large ones are split among the threads themselves.
   const bool is_whole =

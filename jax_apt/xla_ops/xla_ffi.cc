@@ -9,6 +9,7 @@
 #include "nonfinite.h"
 #include "quantize.h"
 #include "run.h"
+#include "sizes.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -61,9 +62,9 @@ ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs_planes, ff
   const Kernels* kernels;
   if (auto error = FindIsa("product", isa, &kernels); error.failure()) return error;
   const auto batch = static_cast<int64_t>(lhs_bits.element_count());
-  if (static_cast<int64_t>(out->element_count()) != batch * call.matrices * call.OutSize())
+  if (static_cast<int64_t>(out->element_count()) != batch * call.matrices * call.sizes().out)
     return Invalid("product: the result has " + std::to_string(out->element_count()) + " elements, not " +
-                   std::to_string(batch * call.matrices * call.OutSize()));
+                   std::to_string(batch * call.matrices * call.sizes().out));
   if (out->element_count() == 0) return ffi::Error::Success();
   std::vector<Product> products;
   for (int64_t b = 0; b < batch; ++b) {
@@ -73,13 +74,13 @@ ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs_planes, ff
     int64_t value;
     if (const char* error = FindError(checked, &value))
       return Invalid(std::string("product: ") + error + ", got " + std::to_string(value));
-    if (!lhs.HoldsPlanes(b, batch, call.matrices * call.LhsSize()) ||
-        !rhs.HoldsPlanes(b, batch, call.matrices * call.RhsSize()))
+    if (!lhs.HoldsPlanes(b, batch, call.matrices * call.sizes().lhs) ||
+        !rhs.HoldsPlanes(b, batch, call.matrices * call.sizes().rhs))
       return Invalid("product: " + std::to_string(f[0]) + " x " + std::to_string(f[2]) +
                      " bits need more planes than the operands have");
     for (int64_t i = 0; i < call.matrices; ++i)
       products.push_back(call.At(i, lhs.At(b, batch), rhs.At(b, batch), f,
-                                 out->typed_data() + b * call.matrices * call.OutSize()));
+                                 out->typed_data() + b * call.matrices * call.sizes().out));
   }
   Team team = MakeTeam(pool, IsSmall(*kernels, products[0], static_cast<int64_t>(products.size())));
   if (!RunProducts(*kernels, products, team))
@@ -177,8 +178,6 @@ ffi::Error AdaptImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
 
 constexpr int64_t kPoolSize = 5 * kSpace + 1;  // numbers of a `Pool`
 constexpr int64_t kPoolValues = 1 << 14;       // of x, that a task should have
-
-int64_t Volume(const int64_t* size) { return size[0] * size[1] * size[2]; }
 
 Pool ReadPool(const int64_t* numbers) {
   Pool pool;

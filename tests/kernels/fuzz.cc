@@ -117,7 +117,7 @@ void ForEachMeeting(const Geometry& g, Visit visit) {
 std::vector<int64_t> SumsOf(const Call& call, const int32_t* lhs, const int32_t* rhs) {
   const Geometry& g = call.geometry;
   const int64_t x_group = g.in_channels / g.groups, y_group = g.out_channels / g.groups;
-  std::vector<int64_t> sums(call.OutSize());
+  std::vector<int64_t> sums(call.sizes().out);
   ForEachMeeting(g, [&](int64_t x_pixel, int64_t y_pixel, int64_t tap) {
     for (int64_t c = 0; c < g.in_channels; ++c)
       for (int64_t f = c / x_group * y_group; f < (c / x_group + 1) * y_group; ++f) {
@@ -176,13 +176,13 @@ bool CheckProduct(Random& random, const std::vector<const Kernels*>& all) {
     std::printf("%s: %s\n", Describe("no ISA", kind, geometry, formats).c_str(), error);
     return false;
   }
-  const Codes lhs = DrawCodes(random, call.matrices * call.LhsSize(), formats[0]);
-  const Codes rhs = DrawCodes(random, call.matrices * call.RhsSize(), formats[2]);
-  std::vector<float> wanted, out(call.matrices * call.OutSize());
+  const Codes lhs = DrawCodes(random, call.matrices * call.sizes().lhs, formats[0]);
+  const Codes rhs = DrawCodes(random, call.matrices * call.sizes().rhs, formats[2]);
+  std::vector<float> wanted, out(call.matrices * call.sizes().out);
   std::vector<Product> products;
   for (int64_t i = 0; i < call.matrices; ++i) {
     for (const int64_t sum :
-         SumsOf(call, lhs.codes.data() + i * call.LhsSize(), rhs.codes.data() + i * call.RhsSize()))
+         SumsOf(call, lhs.codes.data() + i * call.sizes().lhs, rhs.codes.data() + i * call.sizes().rhs))
       wanted.push_back(std::ldexp(static_cast<float>(sum), formats[1] + formats[3]));
     products.push_back(call.At(i, lhs.planes.data(), rhs.planes.data(), formats, out.data()));
   }
@@ -204,7 +204,7 @@ bool CheckMarks(Random& random) {
                               static_cast<int32_t>(random.Int(2, 24)), 0};
   Call call;
   if (call.Read(kind, geometry.data(), kGeometrySize) != nullptr) return false;
-  const int64_t sizes[2] = {call.LhsSize(), call.RhsSize()};
+  const int64_t sizes[2] = {call.sizes().lhs, call.sizes().rhs};
   std::vector<int32_t> marks[2], ones[2];
   std::vector<uint8_t> planes[2];
   for (int side = 0; side < 2; ++side) {
@@ -213,7 +213,7 @@ bool CheckMarks(Random& random) {
     for (int limb = 0; limb < LimbCount(formats[2 * side]); ++limb)
       for (const int32_t mark : marks[side]) planes[side].push_back(mark != 0 ? 0 : 129);
   }
-  std::vector<float> out(call.OutSize(), 7.0F);
+  std::vector<float> out(call.sizes().out, 7.0F);
   SpreadNonfinite(call.At(0, planes[0].data(), planes[1].data(), formats, out.data()));
   const std::vector<int64_t> of_lhs = SumsOf(call, marks[0].data(), ones[1].data());
   const std::vector<int64_t> of_rhs = SumsOf(call, ones[0].data(), marks[1].data());

@@ -4,7 +4,7 @@ German puts the ones before the tens ("zweiundvierzig": two-and-forty) and write
 as one word. The target tokens are that word's parts. Source of the words: num2words.
 
 Of the English words some are lost, other ones in each epoch, so that no network can know all of the German:
-without that every network that has learnt to translate makes no mistake at all.
+without that a network that has learnt to translate makes hardly a mistake.
 """
 
 import functools
