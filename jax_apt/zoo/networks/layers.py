@@ -17,7 +17,12 @@ BatchNorm = partial(nn.BatchNorm, momentum=0.9)
 
 
 class ConvBn(nn.Module):
-    """Convolution, batch normalization and, unless it is the last of a block, a nonlinearity."""
+    """Convolution, batch normalization and, unless it is the last of a block, a nonlinearity.
+
+    With `is_zero_at_first` the scale of the normalization starts at 0: a residual block that ends so is the
+    identity before training, and deep networks learn from the first steps on.
+    Source: Goyal et al., arXiv 1706.02677, section 5.1.
+    """
 
     channels: int
     kernel: int = 3
@@ -25,6 +30,7 @@ class ConvBn(nn.Module):
     groups: int = 1
     use_bias: bool = False
     activation: str = "relu"  # "relu", "relu6" or "" for none
+    is_zero_at_first: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -36,7 +42,8 @@ class ConvBn(nn.Module):
             feature_group_count=self.groups,
             use_bias=self.use_bias,
         )(x)
-        x = BatchNorm(use_running_average=not train)(x)
+        init = nn.initializers.zeros if self.is_zero_at_first else nn.initializers.ones
+        x = BatchNorm(use_running_average=not train, scale_init=init)(x)
         return getattr(jax.nn, self.activation)(x) if self.activation else x
 
 

@@ -44,8 +44,9 @@ class InvertedResidual(nn.Module):
         if self.expansion > 1:
             y = ConvBn(wide, 1, activation="relu6", name="expand")(y, train)
         y = ConvBn(wide, 3, self.stride, groups=wide, activation="relu6", name="depthwise")(y, train)
-        y = ConvBn(self.channels, 1, activation="", name="project")(y, train)
-        return x + y if x.shape == y.shape else y
+        is_residual = x.shape == (*y.shape[:-1], self.channels)
+        project = ConvBn(self.channels, 1, activation="", is_zero_at_first=is_residual, name="project")
+        return x + project(y, train) if is_residual else project(y, train)
 
 
 class MobileNetV2(nn.Module):

@@ -22,7 +22,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        n, last = self.channels, partial(ConvBn, activation="")
+        n, last = self.channels, partial(ConvBn, activation="", is_zero_at_first=True)
         if self.is_bottleneck:
             y = ConvBn(n, 1, name="conv1")(x, train)
             y = ConvBn(n, 3, self.stride, name="conv2")(y, train)
@@ -31,7 +31,7 @@ class Block(nn.Module):
             y = ConvBn(n, 3, self.stride, name="conv1")(x, train)
             y = last(n, 3, name="conv2")(y, train)
         if x.shape != y.shape:
-            x = last(y.shape[-1], 1, self.stride, name="shortcut")(x, train)
+            x = ConvBn(y.shape[-1], 1, self.stride, activation="", name="shortcut")(x, train)
         return nn.relu(x + y)
 
 

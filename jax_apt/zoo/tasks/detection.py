@@ -20,7 +20,7 @@ LEAST_SCORE, MOST_OVERLAP, MOST_BOXES = 0.01, 0.45, 200  # of predictions, as pu
 
 
 def load(seed: int) -> Dataset:
-    return scenes.load(seed, STYLE, copies=2, as_example=_example)
+    return scenes.load(seed, STYLE, copies=4, as_example=_example)
 
 
 def _example(drawn: scenes.Scenes, _):

@@ -16,7 +16,7 @@ IGNORED = 255  # label of a pixel that does not count
 
 
 def load(seed: int) -> Dataset:
-    return scenes.load(seed, STYLE, copies=2, as_example=lambda s, labels: (s.images, s.masks))
+    return scenes.load(seed, STYLE, copies=4, as_example=lambda s, labels: (s.images, s.masks))
 
 
 def enlarge(logits: Array, size: tuple[int, ...]) -> Array:
@@ -47,7 +47,7 @@ SEGMENTATION = Task(
     kind="segmentation",
     metric="mean IoU",
     networks=("deeplab-largefov",),
-    recipe=Recipe(epochs=20, batch_size=32, learning_rate=3e-3, warmup=0.05),
+    recipe=Recipe(epochs=24, batch_size=16, learning_rate=3e-3, warmup=0.05),
     load=load,
     outputs=CLASSES,
     loss=pixel_cross_entropy,
