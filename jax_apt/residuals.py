@@ -223,7 +223,11 @@ def _check_loss(loss) -> None:
 
 
 def _choose(program: _Program, results: int, recompute: Recompute) -> tuple[set[_Value], set[_Value]]:
-    """(values that are kept, those of them that other residuals are made from).
+    """(values that are kept, those of them whose origin is hidden from XLA).
+
+    Hidden are those that other residuals are made from, even if small: XLA would merge what is made of them
+    with what the forward pass has made; and those that could be made too: XLA would make these in the
+    backward pass, and keep alive what they are made from.
 
     Args:
       program: gives results, then residuals.
@@ -235,16 +239,19 @@ def _choose(program: _Program, results: int, recompute: Recompute) -> tuple[set[
     groups: dict[frozenset[_Value], set[_Value]] = {}
     for v in residuals:
         groups.setdefault(roots[v], set()).add(v)
-    kept = {v for v in residuals if roots[v] == {v}} | {v for v in roots if v.size() <= small}
-    used: set[_Value] = set()
+    vectors = {v for v in roots if v.size() <= small}
+    kept = {v for v in residuals if roots[v] == {v}} | vectors
+    enlarging = (step for step in program.steps if any(v.size() > small for v in step.outputs))
+    hidden = {v for step in enlarging for v in step.inputs if v in vectors and v.aval.shape and v.size()}
     for needed, group in sorted(groups.items(), key=lambda item: len(item[0])):
         new, made = needed - kept, group - kept
-        if sum(v.size() for v in new) < sum(v.size() for v in made):
-            kept |= new
-            used |= needed
-        else:
-            kept |= made
-    return kept, used
+        gain = sum(v.size() for v in made) - sum(v.size() for v in new)
+        kept |= new if gain > 0 else made
+        if gain > 0:
+            hidden |= needed
+        elif gain < 0:
+            hidden |= made
+    return kept, hidden
 
 
 def _find_roots(
@@ -286,8 +293,8 @@ def _is_elementwise_or_product(eqn: JaxprEqn) -> bool:
 class _Again:
     """The forward pass's values as the backward pass reads them: kept, or made again when asked for."""
 
-    def __init__(self, values: dict[_Value, Any], kept: set[_Value], roots: set[_Value], later: Callable):
-        self.values, self.kept, self.roots, self.later = values, kept, roots, later
+    def __init__(self, values: dict[_Value, Any], kept: set[_Value], hidden: set[_Value], later: Callable):
+        self.values, self.kept, self.hidden, self.later = values, kept, hidden, later
         self.ready: dict[_Value, Any] = {}
 
     def get(self, value: _Value, after: Array) -> Any:
@@ -310,7 +317,7 @@ class _Again:
     def _kept(self, value: _Value, after: Array) -> Any:
         if value not in self.ready:
             x = self.values[value]
-            self.ready[value] = self.later(x, after) if value in self.roots else x
+            self.ready[value] = self.later(x, after) if value in self.hidden else x
         return self.ready[value]
 
 

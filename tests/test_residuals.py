@@ -100,14 +100,16 @@ def memory(name, recompute):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["Normalized", "Pooled", "jitted"])
+@pytest.mark.parametrize("name", ["Pooled", "jitted"])
 def test_less_is_kept(name):
     assert memory(name, "elementwise") < 0.8 * memory(name, "nothing")
 
 
 @needs_kernels
-def test_without_products_still_less():
-    assert memory("Normalized", "products") < 0.8 * memory("Normalized", "elementwise")
+@pytest.mark.parametrize(("recompute", "part"), [("elementwise", 0.66), ("products", 0.35)])
+def test_neither_masks_nor_enlarged_vectors_keep_maps_alive(recompute, part):
+    """Of a path of shortcuts XLA would keep every map, to make the masks of relu from them in the end."""
+    assert memory("Normalized", recompute) < part * memory("Normalized", "nothing")
 
 
 ACTIVATIONS = (
