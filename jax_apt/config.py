@@ -13,8 +13,8 @@ MIN_BITS, MAX_BITS = 2, 24
 
 Backend = Literal["auto", "native", "xla", "emulate"]
 BACKENDS: tuple[str, ...] = ("auto", "native", "xla", "emulate")
-Recompute = Literal["nothing", "elementwise", "products"]
-RECOMPUTE: tuple[str, ...] = ("nothing", "elementwise", "products")
+Recompute = Literal["nothing", "elementwise", "short_products", "products"]
+RECOMPUTE: tuple[str, ...] = ("nothing", "elementwise", "short_products", "products")
 MODES: tuple[str, ...] = ("grow", "restart")
 ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic")
 GEMMS: tuple[str, ...] = ("fwd", "dx", "dw")

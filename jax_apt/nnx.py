@@ -96,7 +96,7 @@ class Quantized(nnx.Module):
 
 
 def value_and_grad(
-    loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.Param, recompute: Recompute = "elementwise"
+    loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.Param, recompute: Recompute = "short_products"
 ) -> Callable[..., Any]:
     """Like `nnx.value_and_grad`, and moves the precision of every `Quantized` module one step on.
 
@@ -112,7 +112,7 @@ def value_and_grad(
 
     Raises:
       TypeError: `loss_fn` is no function, or `model` is or holds no `Quantized` module.
-      ValueError: `recompute` is none of the three.
+      ValueError: `recompute` is none of the four.
     """
     if not callable(loss_fn):
         raise TypeError(f"value_and_grad(loss_fn): loss_fn must be a function, got {type(loss_fn).__name__}")

@@ -9,10 +9,12 @@ saves nothing: what is to be made again already exists. So y comes through a cus
 operand back, in place, and that takes a gradient of the layers behind as a second operand: what is made from
 it is new to XLA, and is not made before that gradient is there.
 
-With `recompute="products"` y is made again too, from the codes of its operands, which are kept anyway.
+y is made again too, from the codes of its operands, which are kept anyway, if it sums few terms: such a
+product takes hardly longer than to write its result. With `recompute="products"` every product is.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,13 +30,15 @@ from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
 from jax_apt.config import Recompute
 from jax_apt.derivatives import in_no_derivative
-from jax_apt.primitives import PRODUCTS
 from jax_apt.state import Layout
 from jax_apt.xla_ops.partitioning import may_be_split
 
 # A value is kept in any case, like a mean of each channel, if it has at most so many bytes and is so many
 # times smaller than the largest residual.
 _SMALL, _SMALLER = 1 << 14, 64
+_SHORT = (
+    1152  # terms of a sum that is made again: 3 x 3 convolutions of 128 channels; a longer one takes time
+)
 _MAX_ROOTS = 3  # kept values that one is made from; more would recompute a whole path of shortcuts
 
 _NAMES = (
@@ -55,7 +59,7 @@ def value_and_grad(
     layouts: Sequence[Layout],
     *,
     has_aux: bool,
-    recompute: Recompute = "elementwise",
+    recompute: Recompute = "short_products",
 ) -> tuple[Any, tuple[Any, ...]]:
     """`jax.value_and_grad` with respect to all arguments, with few residuals.
 
@@ -263,14 +267,15 @@ def _find_roots(
     """
     roots = {v: frozenset({v}) for v in (*program.inputs, *program.outputs)}
     fixed = {*program.inputs, *program.outputs[:results]}
-    can_recompute = _is_elementwise if recompute == "elementwise" else _is_elementwise_or_product
+    longest = {"elementwise": 0, "short_products": _SHORT, "products": sys.maxsize}[recompute]
     for step in program.steps:
         for v in step.inputs:
             if v.step is None:
                 roots[v] = frozenset({v})
                 fixed.add(v)
         found = frozenset().union(*(roots[v] for v in step.inputs if v.size() > small))
-        is_made = can_recompute(step.eqn) and len(found) <= _MAX_ROOTS and not found & fixed
+        can_recompute = _is_elementwise(step.eqn) or _count_terms(step.eqn) <= longest
+        is_made = can_recompute and len(found) <= _MAX_ROOTS and not found & fixed
         roots |= {v: found if is_made else frozenset({v}) for v in step.outputs}
     return roots
 
@@ -282,9 +287,18 @@ def _is_elementwise(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in _ELEMENTWISE
 
 
-def _is_elementwise_or_product(eqn: JaxprEqn) -> bool:
-    is_native = eqn.primitive.name == "ffi_call" and eqn.params["target_name"] == "jax_apt_product"
-    return is_native or eqn.primitive.name in PRODUCTS or _is_elementwise(eqn)
+def _count_terms(eqn: JaxprEqn) -> float:
+    """That a product sums for an element of its result; infinity for everything else."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return math.prod(versions.aval(eqn.invars[0]).shape[d] for d in contracted)
+    if name == "conv_general_dilated":
+        shape, dims = versions.aval(eqn.invars[1]).shape, params["dimension_numbers"].rhs_spec
+        return math.prod(shape) / shape[dims[0]]
+    if name == "ffi_call" and params["target_name"] == "jax_apt_product":
+        return xla_ops.count_terms(dict(params["attributes"]), versions.aval(eqn.invars[4]).shape)
+    return math.inf
 
 
 # Backward

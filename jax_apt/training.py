@@ -14,7 +14,7 @@ from jax_apt.transform import AptFunction
 
 
 def value_and_grad(
-    loss_fn: Callable, q: AptFunction, *, has_aux: bool = False, recompute: Recompute = "elementwise"
+    loss_fn: Callable, q: AptFunction, *, has_aux: bool = False, recompute: Recompute = "short_products"
 ) -> Callable[..., tuple[Any, Any, AptState]]:
     """Like `jax.value_and_grad` with respect to the variables, and the state after the step.
 
@@ -24,9 +24,9 @@ def value_and_grad(
       q: the quantized function.
       has_aux: whether `loss_fn` returns auxiliary data beside the loss.
       recompute: what the backward pass computes again instead of keeping it, inside `jax.jit`: "elementwise"
-        functions of what is kept, which costs no time; the forward "products" too, so that of a layer little
-        but integer codes is kept; or "nothing" (loops inside the function keep little in any case).
-        Gradients are the same.
+        functions of what is kept; "short_products" too, those forward products that sum at most 1152 terms
+        and take little time; all forward "products", so that of a layer little but integer codes is kept;
+        or "nothing" (loops inside the function keep little in any case). Gradients are the same.
 
     Returns:
       A function of (variables, state, *args, **kwargs) that returns (value, gradients, state); value is
@@ -35,7 +35,7 @@ def value_and_grad(
     Raises:
       TypeError: `loss_fn` is no function or `q` was not made by `apt_quantize`; a leaf of the variables is
         not float32, float16 or bfloat16; or the state is no AptState.
-      ValueError: `recompute` is none of the three.
+      ValueError: `recompute` is none of the four.
 
     Warns:
       UserWarning: the loss calls `apply` with the state outside it and never with the one that it is given,

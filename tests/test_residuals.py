@@ -1,5 +1,6 @@
 """The backward pass makes again what it can: the same gradients, and less that is kept."""
 
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -70,7 +71,7 @@ def cases():
 CASES = {name: case for name, *case in cases()}
 
 
-def step_of(apply, x, recompute="elementwise"):
+def step_of(apply, x, recompute):
     q = apt.apt_quantize(apply, backend=FASTEST)
 
     def loss_fn(params, state):
@@ -112,6 +113,55 @@ def test_neither_masks_nor_enlarged_vectors_keep_maps_alive(recompute, part):
     assert memory("Normalized", recompute) < part * memory("Normalized", "nothing")
 
 
+@needs_kernels
+def test_short_products_are_made_again(monkeypatch):
+    short = memory("Normalized", "short_products")
+    assert short == memory("Normalized", "products")
+    monkeypatch.setattr(residuals, "_SHORT", 143)  # all but the first convolution sum 144 terms
+    assert short < 0.8 * memory("Normalized", "short_products")
+
+
+def dot(*shapes, contracted):
+    return lambda: jax.make_jaxpr(lambda a, b: lax.dot_general(a, b, (contracted, ((), ()))))(
+        *map(jnp.ones, shapes)
+    )
+
+
+def conv(x, w, **params):
+    return lambda: jax.make_jaxpr(
+        lambda a, b: lax.conv_general_dilated(
+            a, b, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), **params
+        )
+    )(jnp.ones(x), jnp.ones(w))
+
+
+@pytest.mark.parametrize(
+    ("terms", "trace"),
+    [
+        (12, dot((2, 3, 4), (3, 4, 5), contracted=((1, 2), (0, 1)))),
+        (3 * 2 * 8, conv((1, 6, 6, 8), (3, 2, 8, 5))),
+        (3 * 2 * 4, conv((1, 6, 6, 8), (3, 2, 4, 6), feature_group_count=2)),
+        (math.inf, lambda: jax.make_jaxpr(jnp.cumsum)(jnp.ones(4))),
+    ],
+)
+def test_terms_of_a_product(terms, trace):
+    counts = [residuals._count_terms(eqn) for eqn in trace().eqns]
+    assert terms in counts
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "terms"), [("forward", 9 * 4), ("input_gradient", 9 * 6), ("filter_gradient", 2 * 5 * 5)]
+)
+def test_terms_of_a_custom_call(kind, terms):
+    ones, window, image = (1, 1, 1), (1, 3, 3), (1, 5, 5)
+    geometry = xla_ops.Geometry(1, 2, image, image, window, ones, (0, 1, 1), ones, 1, 4, 6)
+    shapes = geometry.shapes()
+    operands = [jnp.zeros((1, *shapes[role]), jnp.uint8) for role in xla_ops._OPERANDS[kind][:2]]
+    trace = jax.make_jaxpr(lambda *codes: xla_ops.product(kind, geometry, *codes, [jnp.int32(8)] * 4))
+    assert terms in [residuals._count_terms(eqn) for eqn in trace(*operands).eqns]
+
+
 ACTIVATIONS = (
     nn.celu, nn.elu, nn.gelu, nn.hard_sigmoid, nn.hard_swish, nn.leaky_relu, nn.log_sigmoid, nn.relu,
     nn.relu6, nn.selu, nn.sigmoid, nn.silu, nn.soft_sign, nn.softplus, nn.tanh,
@@ -131,7 +181,7 @@ def test_what_activations_are_made_of_is_elementwise(activation):
 
 def test_what_to_recompute_is_checked():
     q = apt.apt_quantize(jitted)
-    message = "recompute must be one of nothing, elementwise, products; got 'everything'"
+    message = "recompute must be one of nothing, elementwise, short_products, products; got 'everything'"
     with pytest.raises(ValueError, match=message):
         apt.value_and_grad(lambda p, s: 0.0, q, recompute="everything")
 
@@ -140,7 +190,7 @@ def test_what_to_recompute_is_checked():
 def test_a_scan_over_layers_keeps_less_than_float32():
     _, params, x = CASES["scanned"]
     x = jnp.concatenate([x] * 8)
-    q, step = step_of(scanned_blocks, x)
+    q, step = step_of(scanned_blocks, x, "short_products")
     memory = step.lower(params, q.init(params, x)).compile().memory_analysis().temp_size_in_bytes
     float32 = jax.jit(jax.value_and_grad(lambda p: jnp.mean(scanned_blocks(p, x) ** 2))).lower(params)
     assert memory < 0.6 * float32.compile().memory_analysis().temp_size_in_bytes

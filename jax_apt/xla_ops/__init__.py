@@ -16,9 +16,9 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -301,6 +301,19 @@ def product(
     )
     operands = lhs, *formats[:2], lhs_bad, rhs, *formats[2:], rhs_bad
     return call(*operands, kind=_KINDS.index(kind), geometry=geometry.numbers(), isa=isa)
+
+
+def count_terms(attributes: Mapping[str, Any], rhs_shape: tuple[int, ...]) -> int:
+    """That a product in a jaxpr sums for an element of its result, at most.
+
+    Args:
+      attributes: of its `ffi_call`.
+      rhs_shape: of its second operand.
+    """
+    *summed, last = rhs_shape[-5:]
+    if _KINDS[attributes["kind"]] == "input_gradient":
+        summed[-1] = last
+    return math.prod(summed)
 
 
 def _check_product(kind: str, geometry: Geometry, lhs: Array, rhs: Array, formats: list) -> tuple[int, ...]:
