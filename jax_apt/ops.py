@@ -107,14 +107,14 @@ def forward_product(site: Site, lhs: Array, rhs: Array, formats: Array) -> Array
 
 
 def product_without_weight_gradient(
-    site: Site, lhs: Array, rhs: Array, formats: Array, tap: Array, probe: tuple[Array, Array]
+    site: Site, lhs: Array, rhs: Array, formats: Array, tap: Array, probe: tuple[Array | None, Array]
 ) -> tuple[Array, tuple[Fixed, Array]]:
     """The same product for a loop that computes its weight gradient later: that of W is zero here.
 
     Args:
       site, lhs, rhs, formats, tap: as `quantized_product` has them.
       probe: zeros, float32, of the result's shape and of shape (2,); their cotangents are dY, and its bits
-        and exponent.
+        and exponent. None in place of the former: dY is not asked for.
 
     Returns:
       (result, codes of X and how many of its values were NaN or infinite)
@@ -141,7 +141,8 @@ def product_without_weight_gradient(
         gradients = (nothing, dx) if site.is_weight_lhs else (dx, nothing)
         format = jnp.stack([dy.number.bits, dy.number.exponent]).astype(jnp.float32)
         none = np.zeros(formats.shape, jax.dtypes.float0)
-        return *gradients, none, _tap(measured, dy_measured), (gradient, format)
+        asked = None if probe[0] is None else gradient
+        return *gradients, none, _tap(measured, dy_measured), (asked, format)
 
     product.defvjp(forward, backward)
     return product(lhs, rhs, formats, tap, probe)

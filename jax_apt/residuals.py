@@ -15,7 +15,7 @@ product takes hardly longer than to write its result. With `recompute="products"
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -100,8 +100,9 @@ def value_and_grad(
 def with_few_residuals(step: Callable) -> Callable:
     """The step of a loop; there a plain remat will do, since XLA cannot merge the bodies of two loops."""
 
-    def is_kept(primitive, *_, **__) -> bool:
-        return primitive.name not in _ELEMENTWISE
+    def is_kept(primitive, *operands, **params) -> bool:
+        terms = _count_terms(primitive.name, operands, params)
+        return primitive.name not in _ELEMENTWISE and terms > _SHORT
 
     return jax.checkpoint(step, prevent_cse=False, policy=is_kept)
 
@@ -274,7 +275,8 @@ def _find_roots(
                 roots[v] = frozenset({v})
                 fixed.add(v)
         found = frozenset().union(*(roots[v] for v in step.inputs if v.size() > small))
-        can_recompute = _is_elementwise(step.eqn) or _count_terms(step.eqn) <= longest
+        terms = _count_terms(step.eqn.primitive.name, [v.aval for v in step.inputs], step.eqn.params)
+        can_recompute = _is_elementwise(step.eqn) or terms <= longest
         is_made = can_recompute and len(found) <= _MAX_ROOTS and not found & fixed
         roots |= {v: found if is_made else frozenset({v}) for v in step.outputs}
     return roots
@@ -287,17 +289,16 @@ def _is_elementwise(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in _ELEMENTWISE
 
 
-def _count_terms(eqn: JaxprEqn) -> float:
+def _count_terms(primitive: str, operands: Sequence, params: Mapping[str, Any]) -> float:
     """That a product sums for an element of its result; infinity for everything else."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
+    if primitive == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return math.prod(versions.aval(eqn.invars[0]).shape[d] for d in contracted)
-    if name == "conv_general_dilated":
-        shape, dims = versions.aval(eqn.invars[1]).shape, params["dimension_numbers"].rhs_spec
+        return math.prod(operands[0].shape[d] for d in contracted)
+    if primitive == "conv_general_dilated":
+        shape, dims = operands[1].shape, params["dimension_numbers"].rhs_spec
         return math.prod(shape) / shape[dims[0]]
-    if name == "ffi_call" and params["target_name"] == "jax_apt_product":
-        return xla_ops.count_terms(dict(params["attributes"]), versions.aval(eqn.invars[4]).shape)
+    if primitive == "ffi_call" and params["target_name"] == "jax_apt_product":
+        return xla_ops.count_terms(dict(params["attributes"]), operands[4].shape)
     return math.inf
 
 

@@ -3,8 +3,9 @@
     in the loop    dW = sum over steps t of X_t^T . dY_t     every step reads and writes all of dW
     after it       dW = X^T . dY                             one product over all steps
 
-The loop stacks the codes of X_t, its reverse the gradients dY_t. Formats are the same at all steps unless
-this training step measures: then each step of the loop has chosen its own, and the sum runs over the steps.
+The loop stacks the codes of X_t, its reverse the gradients dY_t; products whose results are added, as an
+LSTM's of its input and its last output, share one stack. Formats are the same at all steps unless this
+training step measures: then each step of the loop has chosen its own, and the sum runs over the steps.
 """
 
 from collections import Counter
@@ -87,7 +88,7 @@ def hoist(plan: Plan, deferred: Deferred, consts: Sequence) -> list:
 
 # The loop
 
-Probe = tuple[Array, Array]  # zeros whose cotangents are dY, and its bits and exponent as float32
+Probe = tuple[Array | None, Array]  # zeros whose cotangents are dY, and its bits and exponent as float32
 
 
 class Later(NamedTuple):
@@ -147,15 +148,18 @@ def differentiate_later(loop: Loop, weights: list, values: list, formats) -> lis
             merged = [perturbed.get(i, value) for i, value in enumerate(values)]
             return loop.run(weights, merged, formats, probes)
 
+        first = find_equal_gradients(of_perturbed, perturbed, probes)
+        probes = {i: probe if first[i] == i else (None, probe[1]) for i, probe in probes.items()}
         out, pullback, codes = jax.vjp(of_perturbed, perturbed, probes, has_aux=True)
-        return out, (pullback, codes)
+        return out, (pullback, codes, first)
 
     def backward(residuals, cotangents):
-        pullback, codes = residuals
+        pullback, codes, first = residuals
         perturbed, probes = pullback([_instantiated(c) for c in cotangents])
         gradients: list = [None] * len(weights)
         for i, number in loop.weight_of.items():
-            gradient = loop.gradient(i, codes[i], probes[i]).astype(weights[number].dtype)
+            probe = probes[first[i]][0], probes[i][1]
+            gradient = loop.gradient(i, codes[i], probe).astype(weights[number].dtype)
             earlier = gradients[number]
             gradients[number] = gradient if earlier is None else earlier + gradient
         return gradients, [perturbed.get(i) for i in range(len(values))], None
@@ -171,16 +175,86 @@ def _instantiated(cotangent):
     return np.zeros(aval.shape, aval.dtype)
 
 
+# Equal gradients
+
+
+def find_equal_gradients(run: Callable, perturbed, probes: dict[int, Probe]) -> dict[int, int]:
+    """For each product the first whose dY is the same, by the operations that the reverse loop applies.
+
+    Args:
+      run: (perturbed, probes) -> (outputs, codes), a loop.
+      perturbed: its arguments.
+      probes: of its products.
+    """
+    first = {i: i for i in probes}
+    if len(probes) < 2:
+        return first
+
+    def gradients(perturbed, probes):
+        out, pullback, _ = jax.vjp(run, perturbed, probes, has_aux=True)
+        return {i: dy for i, (dy, _) in pullback(jax.tree.map(jnp.ones_like, out))[1].items()}
+
+    jaxpr = jax.make_jaxpr(gradients)(perturbed, probes).jaxpr
+    loops = {v: eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" for v in eqn.outvars}
+    known: dict = {}
+    seen: dict = {}
+    for i, var in zip(sorted(probes), jaxpr.outvars, strict=True):
+        loop = None if isinstance(var, Literal) else loops.get(var)
+        if loop is not None:
+            body = versions.closed(loop.params["jaxpr"])
+            inputs = [(id(loop), n) for n in range(len(body.jaxpr.invars))]
+            names = name_values(body.jaxpr, known, [*map(id, body.consts), *inputs])
+            result = body.jaxpr.outvars[loop.outvars.index(var)]
+            first[i] = seen.setdefault(names.get(result, i), i)
+    return first
+
+
+def name_values(jaxpr, known: dict, given: Sequence) -> dict[Any, Any]:
+    """A name for each variable of a jaxpr; the same where the same operations made the same of the same.
+
+    Args:
+      jaxpr: whose calls are looked into.
+      known: names of results, by operation and operands; grows.
+      given: names of constants and inputs.
+    """
+    names: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True))
+
+    def name(v):
+        is_literal = isinstance(v, Literal)
+        return (str(versions.aval(v)), np.asarray(v.val).tobytes()) if is_literal else names[v]
+
+    for eqn in jaxpr.eqns:
+        inputs = tuple(map(name, eqn.invars))
+        if eqn.primitive.name in ("jit", "remat2"):
+            (body,) = versions.sub_jaxprs(eqn)
+            inner = name_values(body.jaxpr, known, [*map(id, body.consts), *inputs])
+            results = [name(v) if isinstance(v, Literal) else inner[v] for v in body.jaxpr.outvars]
+        else:
+            key = (eqn.primitive, inputs, tuple(sorted(eqn.params.items())))
+            key = key if _is_hashable(key) and not eqn.effects else object()
+            results = [known.setdefault((key, i), object()) for i in range(len(eqn.outvars))]
+        names |= dict(zip(eqn.outvars, results, strict=True))
+    return names
+
+
+def _is_hashable(key) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
 # The weight gradient over all steps
 
 
-def weight_gradient(site: Site, codes: tuple[Fixed, Array], probe: Probe) -> Array:
+def weight_gradient(site: Site, codes: tuple[Fixed, Array], probe: tuple[Array, Array]) -> Array:
     """Sum over steps of X_t^T . dY_t.
 
     Args:
       site: the product of one step.
       codes: of X, and how many values were NaN or infinite; a leading axis of steps in every array.
-      probe: its cotangents: float32 dY (steps, *shape of y), and (steps, 2) bits and exponent.
+      probe: cotangents: float32 dY (steps, *shape of y), and (steps, 2) bits and exponent.
 
     Returns:
       float32, shape of W. The exact sum rounded once, if all steps have the same formats.

@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend import core as jex_core
 
 import jax_apt as apt
-from jax_apt import xla_ops
+from jax_apt import scan_over_time, xla_ops
 
 BACKENDS = ["emulate", "xla"] + (["native"] if xla_ops.is_available() else [])
 STEPS, BATCH, IN, OUT = 6, 3, 5, 4
@@ -149,6 +149,53 @@ def test_the_loop_adds_no_weight_gradients():
     assert adds_in_loops(program(used_elsewhere), (OUT, OUT))
     for fn in (recurrent, made_in_the_loop):
         assert not adds_in_loops(program(fn), (OUT, OUT))
+
+
+def scaled(params, xs):
+    """Gradients of the two products differ by a factor."""
+
+    def step(h, x):
+        h = jnp.tanh(x @ params["i"] + 2 * (h @ params["h"]))
+        return h, h
+
+    return lax.scan(step, jnp.zeros((xs.shape[1], OUT)), xs)[1]
+
+
+def gated(params, xs):
+    """An LSTM: both products are split into gates, and these added; one has a bias."""
+
+    def step(carry, x):
+        h, c = carry
+        ours, theirs = jnp.split(x @ params["i"], 2, 1), jnp.split(h @ params["h"] + 0.1, 2, 1)
+        gate, new = (a + b for a, b in zip(ours, theirs, strict=True))
+        c = jax.nn.sigmoid(gate) * c + jnp.tanh(new)
+        return (jnp.tanh(c), c), c
+
+    zeros = jnp.zeros((xs.shape[1], OUT // 2))
+    return lax.scan(step, (zeros, zeros), xs)[1]
+
+
+HALF = {"i": PARAMS["i"], "h": PARAMS["h"][: OUT // 2]}
+
+
+@pytest.mark.parametrize(
+    ("fn", "params", "shared"),
+    [(recurrent, PARAMS, 1), (gated, HALF, 1), (scaled, PARAMS, 0), (twice_a_step, PARAMS, 1)],
+)
+def test_equal_gradients_are_stacked_once(fn, params, shared, monkeypatch):
+    find, found = scan_over_time.find_equal_gradients, []
+
+    def spy(*args):
+        found.append(find(*args))
+        return found[-1]
+
+    monkeypatch.setattr(scan_over_time, "find_equal_gradients", spy)
+    ours = gradients(fn, "emulate", params)
+    assert sum(i != first for i, first in found[0].items()) == shared
+    monkeypatch.setattr(scan_over_time, "find_equal_gradients", lambda _, __, probes: {i: i for i in probes})
+    alone = gradients(fn, "emulate", params)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_stochastic_rounding_keeps_its_draws():
