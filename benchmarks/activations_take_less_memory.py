@@ -2,8 +2,9 @@
 
     python benchmarks/activations_take_less_memory.py [--help]
 
-XLA's own account of the compiled step; nothing is timed. jax_apt computes elementwise functions again in the
-backward pass, "products" also the forward products. "remat": float32 keeps the products' results alone.
+XLA's own account of the compiled step; nothing is timed. jax_apt computes elementwise functions and products
+of short sums again in the backward pass, "products" every product. "remat": float32 keeps only what products
+return.
 """
 
 from harness import command, networks, steps

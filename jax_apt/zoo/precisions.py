@@ -1,6 +1,6 @@
 """The precisions that are compared: all in which the runs of a pair differ."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -80,9 +80,15 @@ def float32(apply: Callable) -> Precision:
     return Precision(lambda *_: None, ignoring_state, value_and_grad, lambda _: None)
 
 
-def adaptive(apply: Callable, widths: tuple[int, ...], config: apt.Config, backend: apt.Backend) -> Precision:
-    """The function in adaptive fixed point; its state is an `AptState`."""
-    rules = [apt.Rule("", grads=apt.Adaptive(*widths))]
+def adaptive(
+    apply: Callable,
+    widths: tuple[int, ...],
+    config: apt.Config,
+    backend: apt.Backend,
+    rules: Sequence[apt.Rule] = (),
+) -> Precision:
+    """The function in adaptive fixed point; its state is an `AptState`. The rules go before that for all."""
+    rules = [*rules, apt.Rule("", grads=apt.Adaptive(*widths))]
     quantized = apt.apt_quantize(apply, rules, config=config, backend=backend)
     return Precision(
         quantized.init,

@@ -40,19 +40,20 @@ class Trainer:
         self.optimizer = optax.adam(schedule(settings, self.steps_per_epoch))
         self.initialize = jax.jit(make_initializer(self.model, self.optimizer))
         self.initial_states: dict[str, Any] = {}  # by precision; a function of shapes alone
-        forward = make_forward(self.model)
-        self.precisions = {
-            name: make_precision(name, forward, settings, self.steps_per_epoch) for name in ALL_PRECISIONS
-        }
-        self.steps = {name: self._step(precision) for name, precision in self.precisions.items()}
-        self.predictors = {
-            name: jax.jit(make_predictor(precision, self.task.predict))
-            for name, precision in self.precisions.items()
-        }
+        self.forward = make_forward(self.model)
+        self.precisions: dict[str, Precision] = {}
+        self.steps: dict[str, Callable] = {}
+        self.predictors: dict[str, Callable] = {}
+        for name in ALL_PRECISIONS:
+            self.add(name, make_precision(name, self.forward, settings, self.steps_per_epoch))
 
-    def _step(self, precision: Precision) -> Callable:
+    def add(self, name: str, precision: Precision) -> None:
+        """A precision of `forward`, to run by this name."""
+        self.precisions[name] = precision
         # The precision state is not donated: a run keeps all of them for its history.
-        return jax.jit(make_step(precision, self.task.loss, self.optimizer), donate_argnums=0)
+        step = make_step(precision, self.task.loss, self.optimizer)
+        self.steps[name] = jax.jit(step, donate_argnums=0)
+        self.predictors[name] = jax.jit(make_predictor(precision, self.task.predict))
 
     def start(self, seed: int, precision: str, data: Dataset) -> tuple[Trained, Any]:
         """(parameters and the like, precision state); the former depend on the seed alone."""
