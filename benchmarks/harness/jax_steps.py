@@ -148,10 +148,8 @@ def _quantized_by_qwix(module, case: dict):
 
 def _apt(case: dict, grads: str) -> tuple[Calls, dict]:
     """grads: a width, or "adaptive": int8, int16 or int24 as the method chooses for each tensor."""
-    grads, recompute = (
-        grads.removesuffix("-products"),
-        "products" if "-products" in grads else "short_products",
-    )
+    recompute = "products" if grads.endswith("-products") else "short_products"
+    grads = grads.removesuffix("-products")
     rules = [] if grads == "adaptive" else [apt.Rule(grads=int(grads))]
     config = apt.Config(steps_per_epoch=1000, initial_fraction=_INITIAL_STEPS / 1000)
     q = apt.apt_quantize(_model(module_of(case)), rules, config=config)
