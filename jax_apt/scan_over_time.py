@@ -205,7 +205,8 @@ def find_equal_gradients(run: Callable, perturbed, probes: dict[int, Probe]) -> 
             inputs = [(id(loop), n) for n in range(len(body.jaxpr.invars))]
             names = name_values(body.jaxpr, known, [*map(id, body.consts), *inputs])
             result = body.jaxpr.outvars[loop.outvars.index(var)]
-            first[i] = seen.setdefault(names.get(result, i), i)
+            if not isinstance(result, Literal):
+                first[i] = seen.setdefault(names[result], i)
     return first
 
 
