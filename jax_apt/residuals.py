@@ -10,12 +10,13 @@ operand back, in place, and that takes a gradient of the layers behind as a seco
 it is new to XLA, and is not made before that gradient is there.
 
 y is made again too, from the codes of its operands, which are kept anyway, if it sums few terms: such a
-product takes hardly longer than to write its result. With `recompute="products"` every product is.
+product takes hardly longer than to write its result. How many are few is a matter of the instruction set.
+With `recompute="products"` every product is.
 """
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,15 +31,15 @@ from jax_apt import _jax_versions as versions
 from jax_apt import xla_ops
 from jax_apt.config import Recompute
 from jax_apt.derivatives import in_no_derivative
-from jax_apt.state import Layout
+from jax_apt.state import Layer, Layout
 from jax_apt.xla_ops.partitioning import may_be_split
 
 # A value is kept in any case, like a mean of each channel, if it has at most so many bytes and is so many
 # times smaller than the largest residual.
 _SMALL, _SMALLER = 1 << 14, 64
-_SHORT = (
-    1152  # terms of a sum that is made again: 3 x 3 convolutions of 128 channels; a longer one takes time
-)
+# Terms of a sum that is made again. With as many an element of a product takes about as long as to write and
+# read what it would have been: 1152 are a 3 x 3 convolution of 128 channels, on an accelerator or with AMX.
+_SHORT, _SHORT_OF_ISA = 1152, {"amx": 1152, "avx512vnni": 288, "avxvnni": 144, "neon_i8mm": 144, "avx2": 72}
 _MAX_ROOTS = 3  # kept values that one is made from; more would recompute a whole path of shortcuts
 
 _NAMES = (
@@ -86,25 +87,36 @@ def value_and_grad(
     def pull_back(residuals, cotangent):
         return jax.tree.unflatten(forward.pullback, residuals)(cotangent)
 
-    is_native = any(layer.backend == "native" for layout in layouts for layer in layout.layers)
+    is_native = any(_has_native(layout.layers) for layout in layouts)
     later = partial(_later, is_native=is_native)
     residuals, cotangent = program.outputs[results:], later(jnp.ones_like(loss), loss)
     types = [jax.typeof(values[v]) for v in residuals]
     closed, shapes = jax.make_jaxpr(pull_back, return_shape=True)(types, jax.typeof(cotangent))
-    again = _Again(values, *_choose(program, results, recompute), later)
+    again = _Again(values, *_choose(program, results, _longest(recompute, is_native)), later)
     gradients = _run_backward(_flatten(closed), residuals, cotangent, again)
     gradients = jax.tree.unflatten(jax.tree.structure(shapes), gradients)
     return (loss, forward.with_aux(aux)) if has_aux else loss, gradients
 
 
-def with_few_residuals(step: Callable) -> Callable:
+def with_few_residuals(step: Callable, layers: Iterable[Layer]) -> Callable:
     """The step of a loop; there a plain remat will do, since XLA cannot merge the bodies of two loops."""
+    longest = _longest("short_products", _has_native(layers))
 
     def is_kept(primitive, *operands, **params) -> bool:
         terms = _count_terms(primitive.name, operands, params)
-        return primitive.name not in _ELEMENTWISE and terms > _SHORT
+        return primitive.name not in _ELEMENTWISE and terms > longest
 
     return jax.checkpoint(step, prevent_cse=False, policy=is_kept)
+
+
+def _has_native(layers: Iterable[Layer]) -> bool:
+    return any(layer.backend == "native" for layer in layers)
+
+
+def _longest(recompute: Recompute, is_native: bool) -> int:
+    """Terms that a product may sum to be made again."""
+    short = _SHORT_OF_ISA.get(xla_ops.isa(), 0) if is_native else _SHORT
+    return {"elementwise": 0, "short_products": short, "products": sys.maxsize}[recompute]
 
 
 # Programs: jaxprs as graphs, with the jits in them written out
@@ -227,7 +239,7 @@ def _check_loss(loss) -> None:
 # Choice
 
 
-def _choose(program: _Program, results: int, recompute: Recompute) -> tuple[set[_Value], set[_Value]]:
+def _choose(program: _Program, results: int, longest: int) -> tuple[set[_Value], set[_Value]]:
     """(values that are kept, those of them whose origin is hidden from XLA).
 
     Hidden are those that other residuals are made from, even if small: XLA would merge what is made of them
@@ -237,10 +249,11 @@ def _choose(program: _Program, results: int, recompute: Recompute) -> tuple[set[
     Args:
       program: gives results, then residuals.
       results: how many of the former.
+      longest: terms that a product may sum to be made again.
     """
     residuals = program.outputs[results:]
     small = min(_SMALL, max((v.size() for v in residuals), default=0) // _SMALLER)
-    roots = _find_roots(program, results, small, recompute)
+    roots = _find_roots(program, results, small, longest)
     groups: dict[frozenset[_Value], set[_Value]] = {}
     for v in residuals:
         groups.setdefault(roots[v], set()).add(v)
@@ -259,16 +272,13 @@ def _choose(program: _Program, results: int, recompute: Recompute) -> tuple[set[
     return kept, hidden
 
 
-def _find_roots(
-    program: _Program, results: int, small: int, recompute: Recompute
-) -> dict[_Value, frozenset[_Value]]:
+def _find_roots(program: _Program, results: int, small: int, longest: int) -> dict[_Value, frozenset[_Value]]:
     """The large values that each is an elementwise function of; itself if there are many, or it is none.
 
     What the program takes and its results live through the backward pass anyway: nothing is made from them.
     """
     roots = {v: frozenset({v}) for v in (*program.inputs, *program.outputs)}
     fixed = {*program.inputs, *program.outputs[:results]}
-    longest = {"elementwise": 0, "short_products": _SHORT, "products": sys.maxsize}[recompute]
     for step in program.steps:
         for v in step.inputs:
             if v.step is None:

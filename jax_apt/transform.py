@@ -376,7 +376,7 @@ class _Replayer:
             out = self.replay(node.bodies[0], [*consts, *carry, *xs], inner, later)
             return out[:num_carry], (out[num_carry:], later.codes)
 
-        step = with_few_residuals(step)
+        step = with_few_residuals(step, self.layers.values())
         scanned = (xs, sites if node.is_over_layers else None, probes or {})
         carry, (ys, codes) = lax.scan(
             step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
