@@ -1,5 +1,8 @@
 """3x3 convolutions that some units compute by Winograd's algorithm: bit for bit the direct sums."""
 
+import itertools
+from functools import partial
+
 import numpy as np
 import pytest
 from helpers import planes_of
@@ -32,9 +35,13 @@ LAYERS = {
 }
 
 
-def edge_codes(shape, bits, signs):
-    """The largest codes, with the signs that the transforms add up: alternating along rows and columns."""
-    largest, grid = 2 ** (bits - 1) - 1, np.indices(shape).sum(0) if signs == "alternating" else 0
+# The largest of 8 and of 16 bits, and one whose limbs are both the largest: 128 * 256 - 128.
+EDGES = {8: (127,), 16: (32767, 32640)}
+
+
+def edge_codes(shape, largest, signs):
+    """Large codes, with the signs that the transforms add up: alternating along rows and columns."""
+    grid = np.indices(shape).sum(0) if signs == "alternating" else 0
     return np.broadcast_to(np.where(grid % 2 == 0, largest, -largest), shape)
 
 
@@ -44,31 +51,40 @@ def edge_codes(shape, bits, signs):
 def test_it_equals_int64(isa, kind, name):
     rng, geometry = np.random.default_rng(len(name)), LAYERS[name]
     lhs, rhs, _ = operand_shapes(kind, geometry)
-    for bits in (8, 5):
-        check(isa, kind, geometry, draw_codes(rng, lhs, bits), draw_codes(rng, rhs, 8), (bits, -3, 8, 2))
+    for x, y in ((8, 8), (5, 8), (16, 8), (8, 16), (9, 7), (6, 14)):  # one of them in two limbs at most
+        check(isa, kind, geometry, draw_codes(rng, lhs, x), draw_codes(rng, rhs, y), (x, -3, y, 2))
 
 
 @each_isa
 @each_kind
 @pytest.mark.parametrize("name", ("several blocks of channels", "many tiles"))
-def test_the_largest_codes_overflow_nothing(isa, kind, name):
+@pytest.mark.parametrize("bits", ((8, 8), (16, 8), (8, 16)))
+def test_the_largest_codes_overflow_nothing(isa, kind, name, bits):
     geometry = LAYERS[name]
     lhs, rhs, _ = operand_shapes(kind, geometry)
-    for signs in ("equal", "alternating"):
-        operands = edge_codes(lhs, 8, signs), edge_codes(rhs, 8, signs)
-        check(isa, kind, geometry, *operands, (8, 0, 8, 0))
+    for signs, x, y in itertools.product(("equal", "alternating"), EDGES[bits[0]], EDGES[bits[1]]):
+        check(
+            isa,
+            kind,
+            geometry,
+            edge_codes(lhs, x, signs),
+            edge_codes(rhs, y, signs),
+            (bits[0], 0, bits[1], 0),
+        )
 
 
 @each_isa
 @each_kind
 @pytest.mark.parametrize("at_end", (True, False))
-def test_it_stays_within_its_buffers(isa, kind, at_end):
+@pytest.mark.parametrize("bits", ((8, 8), (16, 8), (8, 16)))
+def test_it_stays_within_its_buffers(isa, kind, at_end, bits):
     rng = np.random.default_rng(3)
     for name in ("odd map", "channels that fill no vector", "much padding, one side", "cropped"):
         geometry = LAYERS[name]
-        lhs, rhs, _ = (draw_codes(rng, shape, 8) for shape in operand_shapes(kind, geometry))
-        expected = oracle(kind, geometry, lhs, rhs, (8, 0, 8, 0))
-        x, y = (Guarded.like(planes_of(v, 8), at_end) for v in (lhs, rhs))
+        lhs, rhs = map(partial(draw_codes, rng), operand_shapes(kind, geometry)[:2], bits)
+        formats = (bits[0], 0, bits[1], 0)
+        expected = oracle(kind, geometry, lhs, rhs, formats)
+        x, y = (Guarded.like(planes_of(v, b), at_end) for v, b in zip((lhs, rhs), bits, strict=True))
         out = Guarded.like(np.zeros(expected.shape, np.float32), at_end)
-        product_on_buffers(isa, kind, geometry, x, y, (8, 0, 8, 0), out)
+        product_on_buffers(isa, kind, geometry, x, y, formats, out)
         np.testing.assert_array_equal(out, expected)

@@ -6,18 +6,22 @@
 //   ]
 //
 // with the rows of G scaled by 24, but its last by 8, for which the last entry of A is 3. All of B, G and A
-// are integers: transformed codes of 8 bits are at most 10 * 10 * 127 = 12700 and 12 * 12 * 127 = 18288, so
+// are integers: transformed codes of 8 bits are at most 10 * 10 * 128 = 12800 and 12 * 12 * 128 = 18432, so
 // 16-bit elements hold them. 576 Y is taken modulo 2^32: times the inverse of 9 that is 64 Y, which fits
 // int32 for the channels of a block, and is shifted. The result is that of the direct product, bit for bit.
 //
 // The input gradient is the same convolution of dy, with w reversed and its channels swapped. The filter
 // gradient is the transposed algorithm, summed over tiles: W = G^T [ (A dy A^T) . (B^T x B) ] G / 576, with
-// transformed gradients of at most 15 * 15 * 127 = 28575; 64 W fits int32 for 130 tiles.
+// transformed gradients of at most 15 * 15 * 128 = 28800; 64 W fits int32 for 128 tiles.
+//
+// Codes of more than 8 bits are 256 * high + low, limbs of -128..128 and -128..127, and so are the results;
+// only one of the two operands has two limbs, so no product of limbs exceeds 127 * 128.
 
 // A row or column of 6, as B^T, G, A^T, A and G^T take it to 6, 6, 4, 6 and 3. Elements are vectors.
 struct WinogradTransforms {
   static constexpr int64_t kLanes = 16, kPlanes = 36;
   using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  using SignedBytes = int8_t __attribute__((vector_size(kLanes)));
   using Codes = int16_t __attribute__((vector_size(2 * kLanes)));
   using Sums = uint32_t __attribute__((vector_size(4 * kLanes / 2)));
   using SignedSums = int32_t __attribute__((vector_size(sizeof(Sums))));
@@ -74,28 +78,41 @@ struct WinogradTransforms {
     return reinterpret_cast<SignedSums>(sum * kInverseOf9) >> 6;
   }
 
-  // `count` codes of a pixel, zeros after them; null is a pixel beside the image.
-  static Codes ReadPixel(const uint8_t* pixel, int64_t c, int64_t count) {
-    if (pixel == nullptr) return Codes{};
-    Bytes bytes = Bytes{} + 128;
+  static Bytes ReadBytes(const uint8_t* from, int64_t count, uint8_t rest) {
+    Bytes bytes = Bytes{} + rest;
     if (count >= kLanes) {
-      __builtin_memcpy(&bytes, pixel + c, kLanes);
+      __builtin_memcpy(&bytes, from, kLanes);
     } else {
-      for (int64_t i = 0; i < count; ++i) bytes[i] = pixel[c + i];
+      for (int64_t i = 0; i < count; ++i) bytes[i] = from[i];
     }
-    return __builtin_convertvector(bytes, Codes) - 128;
+    return bytes;
   }
 
-  // The size x size pixels from (y, x) on of image n; null beside it.
+  // A limb of 16 codes from `at` on, of which `count` are there; zeros after them.
+  static Codes ReadCodes(const Operand& operand, int limb, int64_t at, int64_t count) {
+    const bool is_single = operand.bits <= 8;
+    const Bytes low = ReadBytes(operand.plane[0] + at, count, is_single ? 128 : 0);
+    if (is_single) return __builtin_convertvector(low, Codes) - 128;
+    if (limb == 0) return __builtin_convertvector(reinterpret_cast<SignedBytes>(low), Codes);
+    const Bytes high = ReadBytes(operand.plane[1] + at, count, 128);
+    return __builtin_convertvector(high, Codes) - 128 + (__builtin_convertvector(low, Codes) >> 7);
+  }
+
+  static constexpr int64_t kBeside = -1;  // a pixel beside the image, which is zero
+
+  // Where the size x size pixels from (y, x) on of image n begin.
   template <int kSize>
-  static void FindPixels(const Operand& operand, const int64_t* source, int64_t channels, int64_t n,
-                         int64_t y, int64_t x, const uint8_t** pixels) {
+  static void FindPixels(const int64_t* source, int64_t channels, int64_t n, int64_t y, int64_t x,
+                         int64_t* pixels) {
     for (int64_t i = y; i < y + kSize; ++i)
       for (int64_t j = x; j < x + kSize; ++j) {
         const bool is_inside = i >= 0 && i < source[1] && j >= 0 && j < source[2];
-        const int64_t at = ((n * source[1] + i) * source[2] + j) * channels;
-        *pixels++ = is_inside ? operand.plane[0] + at : nullptr;
+        *pixels++ = is_inside ? ((n * source[1] + i) * source[2] + j) * channels : kBeside;
       }
+  }
+
+  static Codes ReadPixel(const Operand& operand, int limb, int64_t pixel, int64_t c, int64_t count) {
+    return pixel == kBeside ? Codes{} : ReadCodes(operand, limb, pixel + c, count);
   }
 
   static void Interleave(Codes even, Codes odd, int16_t* words) {
@@ -118,7 +135,7 @@ class Winograd : WinogradTransforms {
 
   void Run(Parallel& parallel) {
     parallel.Run(
-        w.panels * w.blocks + (w.is_shared ? w.groups : 0),
+        w.rhs_limbs * w.panels * w.blocks + (w.is_shared ? w.groups : 0),
         [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
     const int64_t tasks = w.groups * (w.is_shared ? w.panels : 1);
     parallel.Run(
@@ -135,57 +152,66 @@ class Winograd : WinogradTransforms {
   static Winograd* Self(void* self) { return static_cast<Winograd*>(self); }
   bool IsForward() const { return product.kind == Kind::kForward; }
 
-  // (panels, blocks, planes, depth of a block, 16 columns), in words of two depths
-  int16_t* Weights(int64_t panel, int64_t block, int64_t plane) const {
+  // (limbs, panels, blocks, planes, depth of a block, 16 columns), in words of two depths
+  int16_t* Weights(int limb, int64_t panel, int64_t block, int64_t plane) const {
     auto* start = reinterpret_cast<int16_t*>(scratch);
-    return start + ((panel * w.blocks + block) * kPlanes + plane) * w.block_depth * kLanes;
+    const int64_t at = ((limb * w.panels + panel) * w.blocks + block) * kPlanes + plane;
+    return start + at * w.block_depth * kLanes;
   }
-  // (planes, tiles, depth); the planes lie a line further apart, so that they do not share an L1 set
-  int16_t* InputOf(int64_t group, int worker) const {
+  // (limbs, planes, tiles, depth); the planes lie a line further apart, so that they do not share an L1 set
+  int16_t* InputOf(int64_t group, int worker, int limb) const {
     auto* start = reinterpret_cast<int16_t*>(scratch + w.input_offset);
-    return start + (w.is_shared ? group : worker) * kPlanes * InputPlane();
+    return start + ((w.is_shared ? group : worker) * w.lhs_limbs + limb) * kPlanes * InputPlane();
   }
   int64_t InputPlane() const { return w.tiles_per_group * Depth() + 32; }
   int64_t Depth() const { return w.blocks * w.block_depth; }
-  // Of a worker: (planes, tiles, 16 columns), then sums over blocks (tiles, 16 pixels, 16 columns)
-  int32_t* Products(int worker) const {
-    return reinterpret_cast<int32_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
+  // Of a worker: (limbs, planes, tiles, 16 columns)
+  int32_t* Products(int worker, int limb) const {
+    auto* start = reinterpret_cast<int32_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
+    return start + limb * kPlanes * ProductPlane();
   }
   int64_t ProductPlane() const { return (w.tiles_per_group + K::kMr) * kLanes; }
+  // Sums over blocks (limbs, tiles, 16 pixels, 16 columns)
+  int32_t* Totals(int worker, int limb, int64_t tile) const {
+    return Products(worker, w.limbs) + (limb * w.tiles_per_group + tile) * 16 * kLanes;
+  }
 
   void Prepare(int64_t task) {
-    if (task < w.panels * w.blocks) return TransformWeights(task / w.blocks, task % w.blocks);
-    TransformInput(task - w.panels * w.blocks, 0);
+    const int64_t weights = w.rhs_limbs * w.panels * w.blocks;
+    if (task >= weights) return TransformInput(task - weights, 0);
+    const int64_t panel = task / w.blocks % w.panels;
+    TransformWeights(static_cast<int>(task / w.blocks / w.panels), panel, task % w.blocks);
   }
 
   // ---- Weights
 
-  void TransformWeights(int64_t panel, int64_t block) {
+  void TransformWeights(int limb, int64_t panel, int64_t block) {
     const int64_t first = block * w.block_depth;
     for (int64_t k = 0; k < w.block_depth; k += kLanes) {
       int16_t taps[9][kLanes][kLanes];  // [depth][column]
-      for (int t = 0; t < 9; ++t) ReadTap(IsForward() ? t : 8 - t, first + k, panel * kLanes, taps[t]);
+      for (int t = 0; t < 9; ++t) ReadTap(limb, IsForward() ? t : 8 - t, first + k, panel * kLanes, taps[t]);
       for (int64_t i = 0; i < kLanes; i += 2) {
         Codes even[kPlanes], odd[kPlanes];
         TransformFilter(taps, i, even), TransformFilter(taps, i + 1, odd);
         for (int plane = 0; plane < kPlanes; ++plane)
-          Interleave(even[plane], odd[plane], Weights(panel, block, plane) + (k + i) * kLanes);
+          Interleave(even[plane], odd[plane], Weights(limb, panel, block, plane) + (k + i) * kLanes);
       }
     }
   }
 
   // 16 depths of 16 columns of a tap; zeros beside the filter.
-  void ReadTap(int tap, int64_t depth, int64_t column, int16_t (*out)[kLanes]) const {
+  void ReadTap(int limb, int tap, int64_t depth, int64_t column, int16_t (*out)[kLanes]) const {
     const Geometry& g = product.geometry;
-    const int64_t rows = IsForward() ? g.in_channels : g.out_channels;
-    const int64_t depths = Min(kLanes, rows - depth), columns = Min(kLanes, w.columns - column);
-    const uint8_t* from = product.rhs.plane[0] + tap * g.in_channels * g.out_channels;
-    for (int64_t i = 0; i < kLanes; ++i)
-      for (int64_t c = 0; c < kLanes; ++c) {
-        const int64_t at = IsForward() ? (depth + i) * g.out_channels + column + c
-                                       : (column + c) * g.out_channels + depth + i;
-        out[i][c] = i < depths && c < columns ? static_cast<int16_t>(from[at] - 128) : int16_t{0};
-      }
+    const int64_t depths = Min(kLanes, w.source_channels - depth), columns = Min(kLanes, w.columns - column);
+    const int64_t from = tap * g.in_channels * g.out_channels;
+    const int64_t rows = IsForward() ? depths : columns, count = IsForward() ? columns : depths;
+    const int64_t row = IsForward() ? depth : column, first = IsForward() ? column : depth;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t at = from + (row + i) * g.out_channels + first;
+      const Codes codes = i < rows && count > 0 ? ReadCodes(product.rhs, limb, at, count) : Codes{};
+      if (IsForward()) __builtin_memcpy(out[i], &codes, sizeof(codes));
+      for (int64_t k = 0; k < kLanes && !IsForward(); ++k) out[k][i] = codes[k];
+    }
   }
 
   static void TransformFilter(const int16_t (*taps)[kLanes][kLanes], int64_t depth, Codes* out) {
@@ -197,23 +223,25 @@ class Winograd : WinogradTransforms {
   // ---- Input
 
   void TransformInput(int64_t group, int worker) const {
-    int16_t* out = InputOf(group, worker);
     const int64_t first = group * w.tiles_per_group;
     const int64_t tiles = Min(w.tiles_per_group, w.tiles - first);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t x = (first + t) % w.tile_columns, y = (first + t) / w.tile_columns % w.tile_rows;
       const int64_t n = (first + t) / w.tile_columns / w.tile_rows;
-      TransformTile(n, 4 * y - w.pad[0], 4 * x - w.pad[1], out + t * Depth());
+      int64_t pixels[kPlanes];
+      FindPixels<6>(w.source, w.source_channels, n, 4 * y - w.pad[0], 4 * x - w.pad[1], pixels);
+      for (int limb = 0; limb < w.lhs_limbs; ++limb)
+        TransformTile(pixels, limb, InputOf(group, worker, limb) + t * Depth());
     }
   }
 
-  void TransformTile(int64_t n, int64_t y, int64_t x, int16_t* out) const {
-    const int64_t channels = w.source_channels;
-    const uint8_t* pixel[kPlanes];
-    FindPixels<6>(product.lhs, w.source, channels, n, y, x, pixel);
+  void TransformTile(const int64_t* pixels, int limb, int16_t* out) const {
     for (int64_t c = 0; c < Depth(); c += kLanes)
       Both<6, 6, Codes>(
-          Input, [&](int i, int j) { return ReadPixel(pixel[6 * i + j], c, channels - c); },
+          Input,
+          [&](int i, int j) {
+            return ReadPixel(product.lhs, limb, pixels[6 * i + j], c, w.source_channels - c);
+          },
           [&](int i, int j, Codes value) {
             __builtin_memcpy(out + (6 * i + j) * InputPlane() + c, &value, sizeof(value));
           });
@@ -231,22 +259,26 @@ class Winograd : WinogradTransforms {
   void MultiplyPanel(int64_t group, int64_t panel, int worker) const {
     const int64_t first = group * w.tiles_per_group;
     const int64_t tiles = Min(w.tiles_per_group, w.tiles - first);
-    const int16_t* input = InputOf(group, worker);
-    int32_t* products = Products(worker);
-    int32_t* totals = products + kPlanes * ProductPlane();
-    const Segment segment{0, w.block_depth, 0, 0};
     for (int64_t block = 0; block < w.blocks; ++block) {
       for (int64_t plane = 0; plane < kPlanes; ++plane)
-        for (int64_t t = 0; t < tiles; t += K::kMr)
-          K::Run(input + plane * InputPlane() + t * Depth() + block * w.block_depth, Depth(), &segment, 1,
-                 Weights(panel, block, plane), static_cast<int>(Min(K::kMr, tiles - t)), true,
-                 products + plane * ProductPlane() + t * kLanes);
-      for (int64_t t = 0; t < tiles; ++t) {
-        int32_t* total = totals + t * 16 * kLanes;
-        TransformProducts(products + t * kLanes, block == 0, total);
-        if (block + 1 == w.blocks) Store(first + t, panel, total);
-      }
+        for (int limb = 0; limb < w.limbs; ++limb) MultiplyPlane(group, panel, worker, block, plane, limb);
+      for (int limb = 0; limb < w.limbs; ++limb)
+        for (int64_t t = 0; t < tiles; ++t)
+          TransformProducts(Products(worker, limb) + t * kLanes, block == 0, Totals(worker, limb, t));
     }
+    for (int64_t t = 0; t < tiles; ++t)
+      Store(first + t, panel, Totals(worker, 0, t), w.limbs == 1 ? nullptr : Totals(worker, 1, t));
+  }
+
+  void MultiplyPlane(int64_t group, int64_t panel, int worker, int64_t block, int64_t plane, int limb) const {
+    const int64_t tiles = Min(w.tiles_per_group, w.tiles - group * w.tiles_per_group);
+    const int16_t* input = InputOf(group, worker, w.lhs_limbs == 1 ? 0 : limb) + plane * InputPlane();
+    const int16_t* weights = Weights(w.rhs_limbs == 1 ? 0 : limb, panel, block, plane);
+    const Segment segment{0, w.block_depth, 0, 0};
+    for (int64_t t = 0; t < tiles; t += K::kMr)
+      K::Run(input + t * Depth() + block * w.block_depth, Depth(), &segment, 1, weights,
+             static_cast<int>(Min(K::kMr, tiles - t)), true,
+             Products(worker, limb) + plane * ProductPlane() + t * kLanes);
   }
 
   // Adds a tile's 16 pixels to their totals.
@@ -262,7 +294,8 @@ class Winograd : WinogradTransforms {
           });
   }
 
-  void Store(int64_t tile, int64_t panel, const int32_t* totals) const {
+  // `high`, if it is there, counts 256 times as much.
+  void Store(int64_t tile, int64_t panel, const int32_t* low_limb, const int32_t* high_limb) const {
     const float low = PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent));
     const float high = PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent));
     const int64_t x = tile % w.tile_columns * 4, y = tile / w.tile_columns % w.tile_rows * 4,
@@ -272,20 +305,32 @@ class Winograd : WinogradTransforms {
       for (int64_t j = 0; j < Min(4, w.result[2] - x); ++j) {
         float* out =
             product.out + ((n * w.result[1] + y + i) * w.result[2] + x + j) * w.columns + panel * kLanes;
-        const int32_t* from = totals + (4 * i + j) * kLanes;
+        float sums[kLanes];
+        Round(low_limb + (4 * i + j) * kLanes,
+              high_limb == nullptr ? nullptr : high_limb + (4 * i + j) * kLanes, sums);
         if (width == kLanes) {
-          for (int64_t c = 0; c < kLanes; ++c) out[c] = static_cast<float>(from[c]) * low * high;
+          for (int64_t c = 0; c < kLanes; ++c) out[c] = sums[c] * low * high;
         } else {
-          for (int64_t c = 0; c < width; ++c) out[c] = static_cast<float>(from[c]) * low * high;
+          for (int64_t c = 0; c < width; ++c) out[c] = sums[c] * low * high;
         }
       }
+  }
+
+  // Rounded once: a double holds the sum of two limbs.
+  static void Round(const int32_t* low, const int32_t* high, float* out) {
+    if (high == nullptr) {
+      for (int64_t c = 0; c < kLanes; ++c) out[c] = static_cast<float>(low[c]);
+    } else {
+      for (int64_t c = 0; c < kLanes; ++c)
+        out[c] = static_cast<float>(static_cast<double>(high[c]) * 256 + static_cast<double>(low[c]));
+    }
   }
 };
 
 // The filter gradient. Input and gradient tiles lie in pairs, so that a word holds two tiles of a channel:
 //
-//   input      (planes, pairs of tiles, channels, 2)
-//   gradient   (panels, planes, pairs of tiles, 16 channels, 2)
+//   input      (limbs, planes, pairs of tiles, channels, 2)
+//   gradient   (limbs, panels, planes, pairs of tiles, 16 channels, 2)
 //
 // A task sums some input channels of a panel over all tiles, `kTiles` at a time.
 template <class K>
@@ -314,43 +359,45 @@ class WinogradFilterGradient : WinogradTransforms {
   static WinogradFilterGradient* Self(void* self) { return static_cast<WinogradFilterGradient*>(self); }
 
   int64_t Channels() const { return RoundUp(g.in_channels, kLanes); }
-  int16_t* InputOf(int64_t plane, int64_t pair) const {
-    return reinterpret_cast<int16_t*>(scratch) + (plane * w.pairs + pair) * 2 * Channels();
+  int16_t* InputOf(int limb, int64_t plane, int64_t pair) const {
+    return reinterpret_cast<int16_t*>(scratch) + ((limb * kPlanes + plane) * w.pairs + pair) * 2 * Channels();
   }
-  int16_t* GradientOf(int64_t panel, int64_t plane, int64_t pair) const {
+  int16_t* GradientOf(int limb, int64_t panel, int64_t plane, int64_t pair) const {
     return reinterpret_cast<int16_t*>(scratch + w.input_offset) +
-           ((panel * kPlanes + plane) * w.pairs + pair) * 2 * kLanes;
+           (((limb * w.panels + panel) * kPlanes + plane) * w.pairs + pair) * 2 * kLanes;
   }
 
   void Prepare(int64_t task) {
     for (int64_t pair = task * kPairsPerTask; pair < Min(w.pairs, (task + 1) * kPairsPerTask); ++pair) {
-      const uint8_t *x[2][36], *dy[2][16];
+      int64_t x[2][36], dy[2][16];
       for (int64_t i = 0; i < 2; ++i) FindTile(2 * pair + i, x[i], dy[i]);
-      for (int64_t c = 0; c < Channels(); c += kLanes)
-        TransformPair<6>(Input, x, c, g.in_channels - c,
-                         [&](int plane) { return InputOf(plane, pair) + 2 * c; });
-      for (int64_t panel = 0; panel < w.panels; ++panel)
-        TransformPair<4>(Gradient, dy, panel * kLanes, g.out_channels - panel * kLanes,
-                         [&](int plane) { return GradientOf(panel, plane, pair); });
+      for (int limb = 0; limb < w.lhs_limbs; ++limb)
+        for (int64_t c = 0; c < Channels(); c += kLanes)
+          TransformPair<6>(Input, product.lhs, limb, x, c, g.in_channels - c,
+                           [&](int plane) { return InputOf(limb, plane, pair) + 2 * c; });
+      for (int limb = 0; limb < w.rhs_limbs; ++limb)
+        for (int64_t panel = 0; panel < w.panels; ++panel)
+          TransformPair<4>(Gradient, product.rhs, limb, dy, panel * kLanes, g.out_channels - panel * kLanes,
+                           [&](int plane) { return GradientOf(limb, panel, plane, pair); });
     }
   }
 
   // A tile after the last is zeros.
-  void FindTile(int64_t tile, const uint8_t** x, const uint8_t** dy) const {
+  void FindTile(int64_t tile, int64_t* x, int64_t* dy) const {
     const int64_t column = tile % w.tile_columns * 4, row = tile / w.tile_columns % w.tile_rows * 4;
     const int64_t n = tile / w.tile_columns / w.tile_rows,
                   beyond = tile < w.tiles ? 0 : g.in[1] + g.out[1] + 8;
-    FindPixels<6>(product.lhs, g.in, g.in_channels, n, row - w.pad[0] + beyond, column - w.pad[1], x);
-    FindPixels<4>(product.rhs, g.out, g.out_channels, n, row + beyond, column, dy);
+    FindPixels<6>(g.in, g.in_channels, n, row - w.pad[0] + beyond, column - w.pad[1], x);
+    FindPixels<4>(g.out, g.out_channels, n, row + beyond, column, dy);
   }
 
   template <int kFrom, class To, size_t kPixels>
-  static void TransformPair(void (*rows)(const Codes*, Codes*), const uint8_t* const (*pixels)[kPixels],
-                            int64_t c, int64_t count, To to) {
+  static void TransformPair(void (*rows)(const Codes*, Codes*), const Operand& operand, int limb,
+                            const int64_t (*pixels)[kPixels], int64_t c, int64_t count, To to) {
     Codes tiles[2][kPlanes];
     for (int i = 0; i < 2; ++i)
       Both<kFrom, 6, Codes>(
-          rows, [&](int j, int k) { return ReadPixel(pixels[i][kFrom * j + k], c, count); },
+          rows, [&](int j, int k) { return ReadPixel(operand, limb, pixels[i][kFrom * j + k], c, count); },
           [&](int j, int k, Codes value) { tiles[i][6 * j + k] = value; });
     for (int plane = 0; plane < kPlanes; ++plane) Interleave(tiles[0][plane], tiles[1][plane], to(plane));
   }
@@ -361,19 +408,22 @@ class WinogradFilterGradient : WinogradTransforms {
     auto* totals = reinterpret_cast<int64_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
     auto* products = reinterpret_cast<int32_t*>(totals + w.rows_per_task * 9 * kLanes);
     for (int64_t i = 0; i < rows * 9 * kLanes; ++i) totals[i] = 0;
-    for (int64_t pair = 0; pair < w.pairs; pair += kTiles / 2) {
-      const int64_t count = Min(kTiles / 2, w.pairs - pair);
-      for (int plane = 0; plane < kPlanes; ++plane)
-        for (int64_t row = 0; row < rows; row += K::kMr)
-          K::RunPairs(InputOf(plane, pair) + 2 * (first + row), 2, 2 * Channels(), count,
-                      GradientOf(panel, plane, pair), static_cast<int>(Min(K::kMr, rows - row)),
-                      products + (plane * w.rows_per_task + row) * kLanes);
-      for (int64_t row = 0; row < rows; ++row) AddRow(products + row * kLanes, totals + row * 9 * kLanes);
-    }
+    for (int64_t pair = 0; pair < w.pairs; pair += kTiles / 2)
+      for (int limb = 0; limb < w.limbs; ++limb) {
+        const int64_t count = Min(kTiles / 2, w.pairs - pair);
+        const int x_limb = w.lhs_limbs == 1 ? 0 : limb, dy_limb = w.rhs_limbs == 1 ? 0 : limb;
+        for (int plane = 0; plane < kPlanes; ++plane)
+          for (int64_t row = 0; row < rows; row += K::kMr)
+            K::RunPairs(InputOf(x_limb, plane, pair) + 2 * (first + row), 2, 2 * Channels(), count,
+                        GradientOf(dy_limb, panel, plane, pair), static_cast<int>(Min(K::kMr, rows - row)),
+                        products + (plane * w.rows_per_task + row) * kLanes);
+        for (int64_t row = 0; row < rows; ++row)
+          AddRow(products + row * kLanes, 8 * limb, totals + row * 9 * kLanes);
+      }
     for (int64_t row = 0; row < rows; ++row) Store(first + row, panel, totals + row * 9 * kLanes);
   }
 
-  void AddRow(const int32_t* products, int64_t* totals) const {
+  void AddRow(const int32_t* products, int shift, int64_t* totals) const {
     constexpr int64_t kHalf = kLanes / 2;
     for (int64_t c = 0; c < kLanes; c += kHalf)
       Both<6, 3, Sums>(
@@ -382,7 +432,8 @@ class WinogradFilterGradient : WinogradTransforms {
           [&](int i, int j, Sums sum) {
             const SignedSums value = Divided(sum);
             int64_t* total = totals + (3 * i + j) * kLanes + c;
-            for (int64_t k = 0; k < kHalf; ++k) total[k] += value[k];
+            for (int64_t k = 0; k < kHalf; ++k)  // an unsigned shift: a negative one is undefined
+              total[k] += static_cast<int64_t>(static_cast<uint64_t>(int64_t{value[k]}) << shift);
           });
   }
 

@@ -13,6 +13,7 @@ struct WinogradPlan {
   int64_t result[kSpace], columns, panels;  // of what is made in tiles of 4 x 4, and its channels
   int64_t pad[2];
   int64_t tile_rows, tile_columns, tiles;  // of an image, and of all images
+  int lhs_limbs, rhs_limbs, limbs;         // of which one has two at most; the more of both
 
   // Forward, input gradient.
   int64_t blocks, block_depth;      // of the channels that are summed
