@@ -31,7 +31,7 @@ float PowerOfTwo(int64_t exponent) {  // exact for -126..127
 
 // One limb of `count` neighbours in memory.
 inline void ReadLimb(const Operand& operand, Limb limb, int64_t start, int64_t count, uint8_t* out) {
-  __builtin_memcpy(out, operand.plane[limb.shift / 8] + start, count);
+  if (count > 0) __builtin_memcpy(out, operand.plane[limb.shift / 8] + start, count);
 }
 
 template <int kLimbs>
@@ -175,6 +175,30 @@ inline void Interleave(const int16_t* const* row, int64_t columns, uint32_t* __r
   const int16_t *r0 = row[0], *r1 = row[1];
   for (int64_t c = 0; c < columns; ++c)
     words[c] = static_cast<uint16_t>(r0[c]) | static_cast<uint32_t>(static_cast<uint16_t>(r1[c])) << 16;
+}
+
+// Two rows of codes of 8 bits become one row of words, of two 16-bit elements each.
+template <class Element>
+void InterleaveBytes(const uint8_t* r0, const uint8_t* r1, int64_t columns, Element* __restrict words) {
+  int64_t c = 0;
+#if defined(__SSE2__) || defined(__ARM_NEON)
+  using Sixteen = uint8_t __attribute__((vector_size(16)));
+  using Words16 = int16_t __attribute__((vector_size(32)));
+  for (; c + 16 <= columns; c += 16) {
+    const Bytes16 a = LoadBytes(r0 + c), b = LoadBytes(r1 + c);
+    const Bytes16 halves[2] = {ZipLow(a, b), ZipHigh(a, b)};
+    for (int i = 0; i < 2; ++i) {
+      Sixteen bytes;
+      __builtin_memcpy(&bytes, &halves[i], sizeof(bytes));
+      const Words16 half = __builtin_convertvector(bytes, Words16) - 128;
+      __builtin_memcpy(words + 2 * c + 16 * i, &half, sizeof(half));
+    }
+  }
+#endif
+  for (; c < columns; ++c) {
+    words[2 * c] = static_cast<Element>(r0[c] - 128);
+    words[2 * c + 1] = static_cast<Element>(r1[c] - 128);
+  }
 }
 
 constexpr uint32_t DigitMask(uint8_t) { return 0x80808080u; }

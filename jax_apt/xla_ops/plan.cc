@@ -418,7 +418,8 @@ class Planner {
   }
 
   void ShareOutColumns(int index, int64_t largest_panel) {
-    const int64_t fit = std::clamp<int64_t>(kBlockBytes / largest_panel, 2, kPanelsAtOnce);
+    const int64_t line = std::max<int64_t>(2, kLine / p.shape.nr);  // panels whose codes fill one
+    const int64_t fit = std::clamp<int64_t>(kBlockBytes / largest_panel, line, kPanelsAtOnce);
     const int64_t some = std::min(fit, CeilDiv(p.panels, kTasksPerWorker * workers));
     for (int64_t group = 0; group < g.groups; ++group)
       for (int64_t panel = 0; panel < p.panels; panel += some)

@@ -179,7 +179,10 @@ class Driver {
           const Segment& segment = p.segments[block.first_segment + s];
           const int64_t padded = RoundUp(segment.depth, p.shape.depth_unit);
           const Limb which = p.rhs_limbs.limb[limb];
-          if (!p.is_rhs_along)
+          const bool are_bytes_widened = !kIsBytes && LimbCount(product.rhs.bits) == 1;
+          if (!p.is_rhs_along && are_bytes_widened)
+            PackBytesAcross(segment, start, padded, first, panels, phase, packed, done);
+          if (!p.is_rhs_along && !are_bytes_widened)
             PackAcross(which, segment, start, padded, first, panels, phase, limb, packed, done);
           for (int64_t i = 0; p.is_rhs_along && i < panels; ++i)
             PackAlong(which, segment, start + i * K::kNr * p.rhs_lane_step, padded, Width(first + i),
@@ -192,31 +195,44 @@ class Driver {
       for (int b = 0; b < phase.blocks; ++b) SumDigits(phase, b, packed + i * phase.panel_bytes);
   }
 
+  // Elements of rhs at which the rows of a segment begin, one after the other.
+  struct RowStarts {
+    const Piece* piece;
+    int64_t start, tap, step, left, at;
+
+    int64_t Next() {
+      if (left == 0) ++piece, left = tap, at = start + piece->rhs;
+      left -= 1, at += step;
+      return at - step;
+    }
+  };
+
+  RowStarts StartsOf(const Segment& segment, int64_t start) const {
+    const Piece* piece = &p.pieces[segment.first_piece];
+    const int64_t tap = segment.depth / segment.pieces;
+    return {piece, start, tap, p.rhs_depth_step, tap, start + piece->rhs};
+  }
+
   // Columns are neighbours in memory: each group of rows is read along all panels, as it lies in memory.
   void PackAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
                   int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
-    constexpr int64_t kAhead = 4 * K::kGroup;  // rows
-    const int64_t tap = segment.depth / segment.pieces;
     const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
-    const Piece* piece = &p.pieces[segment.first_piece];
     Lhs zeros[K::kNr], rows[K::kGroup][kIsBytes ? 1 : kPanelsAtOnce * K::kNr];
     for (Lhs& zero : zeros) zero = ZeroDigit(Lhs{});
-    int64_t left = tap, at = start + piece->rhs;
+    RowStarts starts = StartsOf(segment, start);
     for (int64_t k = 0; k < padded; k += K::kGroup) {
       const Lhs* group[K::kGroup];
       for (int64_t j = 0; j < K::kGroup; ++j) {
         group[j] = nullptr;
         if (k + j >= segment.depth) continue;
-        if (left == 0) ++piece, left = tap, at = start + piece->rhs;
+        const int64_t at = starts.Next();
         if constexpr (kIsBytes) {
           group[j] = product.rhs.plane[limb.shift / 8] + at;
-          for (int64_t c = 0; c < columns; c += 64)
-            __builtin_prefetch(group[j] + c + kAhead * p.rhs_depth_step);
+          PrefetchBehind(group[j], columns);
         } else {
           ReadLimb(product.rhs, limb, at, columns, rows[j]);
           group[j] = rows[j];
         }
-        at += p.rhs_depth_step, left -= 1;
       }
       for (int64_t i = 0; i < panels; ++i) {
         const Lhs* row[K::kGroup];
@@ -225,6 +241,34 @@ class Driver {
         InterleavePadded(row, Width(first + i), reinterpret_cast<uint32_t*>(words));
       }
     }
+  }
+
+  // The same for 16-bit elements from codes of 8 bits, which are widened while they are interleaved.
+  void PackBytesAcross(const Segment& segment, int64_t start, int64_t padded, int64_t first, int64_t panels,
+                       const Phase& phase, uint8_t* packed, int64_t done) const {
+    const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
+    uint8_t zeros[kPanelsAtOnce * K::kNr];
+    __builtin_memset(zeros, ZeroDigit(uint8_t{}), sizeof(zeros));
+    RowStarts starts = StartsOf(segment, start);
+    for (int64_t k = 0; k < padded; k += 2) {
+      const uint8_t* row[2] = {zeros, zeros};
+      for (int64_t j = 0; j < Min(2, segment.depth - k); ++j) {
+        row[j] = product.rhs.plane[0] + starts.Next();
+        PrefetchBehind(row[j], columns);
+      }
+      for (int64_t i = 0; i < panels; ++i) {
+        Rhs* words = Words(packed + i * phase.panel_bytes, phase, 0) + done + k * K::kNr;
+        const int64_t width = Width(first + i);
+        InterleaveBytes(row[0] + i * K::kNr, row[1] + i * K::kNr, width, words);
+        for (int64_t c = 2 * width; c < 2 * K::kNr; ++c) words[c] = 0;
+      }
+    }
+  }
+
+  // What is read some rows later: another page, which the processor does not expect.
+  void PrefetchBehind(const uint8_t* row, int64_t columns) const {
+    constexpr int64_t kAhead = 16;  // rows
+    for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(row + c + kAhead * p.rhs_depth_step);
   }
 
   static void InterleavePadded(const Lhs* const* row, int64_t width, uint32_t* words) {
