@@ -17,7 +17,7 @@ from harness import results
 from harness.machine import describe
 
 import jax_apt as apt
-from jax_apt.zoo.precisions import adaptive, adaptive_config
+from jax_apt.zoo.precisions import VARIANTS, adaptive, adaptive_config
 from jax_apt.zoo.tasks import TASKS
 from jax_apt.zoo.trainer import Trainer, settings_for
 
@@ -35,7 +35,7 @@ def train(trainer: Trainer, layer: str, seed: int, name: str, rules: list[apt.Ru
     """A row: score, losses, and the layer's formats at the end."""
     settings = trainer.settings
     config = adaptive_config(settings, trainer.steps_per_epoch)
-    trainer.add(name, adaptive(trainer.forward, settings.widths, config, settings.backend, rules))
+    trainer.add(name, adaptive(trainer.forward, VARIANTS["apt"], config, settings.backend, rules))
     result = trainer.run(seed, name, lambda: None)
     matching = [apt.Rule(layer).hits(entry["name"], "", None) for entry in result["report"]["layers"]]
     if sum(matching) != 1:

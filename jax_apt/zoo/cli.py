@@ -149,8 +149,8 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         choices=ALL_PRECISIONS,
         action="append",
         default=argparse.SUPPRESS,
-        help="beside float32 and apt; may be repeated; apt-14: widths 8, 14, 16, 24; int8, int16: "
-        "gradients of that one width",
+        help="beside float32 and apt; may be repeated; apt-0.01: with that threshold; apt-random: gradients "
+        "rounded at random; apt-14: widths 8, 14, 16, 24; int8, int16: gradients of that one width",
     )
     add("--seeds", type=_positive, default=5, help="pairs of runs per network")
     hyper: dict[str, Any] = {"default": argparse.SUPPRESS}

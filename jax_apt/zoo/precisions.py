@@ -1,7 +1,7 @@
 """The precisions that are compared: all in which the runs of a pair differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,18 +30,29 @@ class Settings:
         return asdict(self) | {"widths": list(self.widths)}
 
 
-# Widths of the gradients; None stands for those of the settings.
-GRADIENT_WIDTHS: dict[str, tuple[int, ...] | None] = {
-    "apt": None,
-    "int8": (8,),
-    "apt-14": (8, 14, 16, 24),
-    "int16": (16,),
+class Variant(NamedTuple):
+    """In what a precision differs from the method as published."""
+
+    widths: tuple[int, ...] | None = None  # of the gradients; None: those of the settings
+    threshold: float = apt.Config.threshold
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of the gradients
+
+
+VARIANTS = {
+    "apt": Variant(),
+    "apt-0.01": Variant(threshold=0.01),
+    "apt-random": Variant(rounding="stochastic"),
+    "int8": Variant((8,)),
+    "apt-14": Variant((8, 14, 16, 24)),
+    "int16": Variant((16,)),
 }
 PRECISIONS = ("float32", "apt")
-ALL_PRECISIONS = ("float32", *GRADIENT_WIDTHS)
+ALL_PRECISIONS = ("float32", *VARIANTS)
 LABELS = {
     "float32": "float32",
     "apt": "APT",
+    "apt-0.01": "APT, threshold 0.01",
+    "apt-random": "APT, gradients rounded at random",
     "apt-14": "APT 8/14/16/24",
     "int8": "int8 gradients",
     "int16": "int16 gradients",
@@ -61,8 +72,9 @@ def make_precision(name: str, apply: Callable, settings: Settings, steps_per_epo
     """One of `ALL_PRECISIONS` for `apply(params, *args)`."""
     if name == "float32":
         return float32(apply)
-    widths = GRADIENT_WIDTHS[name] or settings.widths
-    return adaptive(apply, widths, adaptive_config(settings, steps_per_epoch), settings.backend)
+    variant, config = VARIANTS[name], adaptive_config(settings, steps_per_epoch)
+    variant = variant._replace(widths=variant.widths or settings.widths)
+    return adaptive(apply, variant, config, settings.backend)
 
 
 def float32(apply: Callable) -> Precision:
@@ -82,13 +94,15 @@ def float32(apply: Callable) -> Precision:
 
 def adaptive(
     apply: Callable,
-    widths: tuple[int, ...],
+    variant: Variant,
     config: apt.Config,
     backend: apt.Backend,
     rules: Sequence[apt.Rule] = (),
 ) -> Precision:
     """The function in adaptive fixed point; its state is an `AptState`. The rules go before that for all."""
-    rules = [*rules, apt.Rule("", grads=apt.Adaptive(*widths))]
+    widths = variant.widths or Settings.widths
+    rules = [*rules, apt.Rule("", grads=apt.Adaptive(*widths), rounding=variant.rounding)]
+    config = replace(config, threshold=variant.threshold)
     quantized = apt.apt_quantize(apply, rules, config=config, backend=backend)
     return Precision(
         quantized.init,

@@ -24,7 +24,7 @@ from jax_apt.zoo.data.recipes import RECIPES, PublishedRecipe
 from jax_apt.zoo.data.streams import evaluation_batches, training_stream
 from jax_apt.zoo.metrics import Boxes, bleu, mean_iou, top1, voc_map
 from jax_apt.zoo.networks import NETWORKS
-from jax_apt.zoo.precisions import GRADIENT_WIDTHS, adaptive, float32
+from jax_apt.zoo.precisions import VARIANTS, adaptive, float32
 from jax_apt.zoo.steps import make_forward, make_predictor, make_step, start
 from jax_apt.zoo.tasks import default_boxes, detection, segmentation, translation
 from jax_apt.zoo.tasks.task import outputs_as_they_are
@@ -292,7 +292,6 @@ def _model(options: Options, recipe: PublishedRecipe, outputs: int):
 def _precision(options: Options, forward: Callable, steps_per_epoch: int):
     if options.precision == "float32":
         return float32(forward)
-    widths = GRADIENT_WIDTHS[options.precision] or (8, 16, 24)
     short = math.ceil(0.1 * steps_per_epoch) < 100  # formats would freeze after a handful of steps
     config = apt.Config(steps_per_epoch=max(steps_per_epoch, 1), initial_fraction=1.0 if short else 0.1)
-    return adaptive(forward, widths, config, options.backend)
+    return adaptive(forward, VARIANTS[options.precision], config, options.backend)
