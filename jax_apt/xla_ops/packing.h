@@ -177,6 +177,24 @@ inline void Interleave(const int16_t* const* row, int64_t columns, uint32_t* __r
     words[c] = static_cast<uint16_t>(r0[c]) | static_cast<uint32_t>(static_cast<uint16_t>(r1[c])) << 16;
 }
 
+// Elements of rhs at which the rows of a segment begin, one after the other.
+class RowStarts {
+ public:
+  RowStarts(const Piece* piece, int64_t tap, int64_t start, int64_t step)
+      : piece(piece), tap(tap), start(start), step(step), left(tap), at(start + piece->rhs) {}
+
+  int64_t Next() {
+    if (left == 0) ++piece, left = tap, at = start + piece->rhs;
+    left -= 1, at += step;
+    return at - step;
+  }
+
+ private:
+  const Piece* piece;
+  const int64_t tap, start, step;
+  int64_t left, at;
+};
+
 // Two rows of codes of 8 bits become one row of words, of two 16-bit elements each.
 template <class Element>
 void InterleaveBytes(const uint8_t* r0, const uint8_t* r1, int64_t columns, Element* __restrict words) {
@@ -229,6 +247,12 @@ void InterleaveColumns(const Element* columns, int64_t step, int64_t words, uint
       __builtin_memcpy(out + i, columns + i * step + w * kGroup, 4);
       out[i] ^= DigitMask(Element{});
     }
+}
+
+inline int64_t SumBytes(const uint8_t* bytes, int64_t count) {
+  uint32_t sum = 0;  // of at most 2^24 bytes
+  for (int64_t i = 0; i < count; ++i) sum += bytes[i];
+  return sum;
 }
 
 // Element whose digit is zero.

@@ -136,7 +136,7 @@ class Driver {
   void PackPixels(int block, int worker) {
     const Phase& phase = p.phases[0];
     const Block& b = p.blocks[phase.first_block + block];
-    if (b.segments == 0) return ClearSums(block);
+    if (b.segments == 0) return SumAllDigits(block);
     const Segment& segment = p.segments[b.first_segment];
     const Geometry& g = product.geometry;
     constexpr int64_t kOne[kSpace] = {1, 1, 1}, kNone[kSpace] = {};
@@ -155,11 +155,10 @@ class Driver {
                      words);
           }
       }
-    for (int64_t group = 0; group < Groups(); ++group)
-      for (int64_t panel = 0; panel < p.panels; ++panel) SumDigits(phase, block, Panel(group, phase, panel));
+    SumAllDigits(block);
   }
 
-  void ClearSums(int block) {
+  void SumAllDigits(int block) {
     for (int64_t group = 0; group < Groups(); ++group)
       for (int64_t panel = 0; panel < p.panels; ++panel)
         SumDigits(p.phases[0], block, Panel(group, p.phases[0], panel));
@@ -179,11 +178,11 @@ class Driver {
           const Segment& segment = p.segments[block.first_segment + s];
           const int64_t padded = RoundUp(segment.depth, p.shape.depth_unit);
           const Limb which = p.rhs_limbs.limb[limb];
-          const bool are_bytes_widened = !kIsBytes && LimbCount(product.rhs.bits) == 1;
-          if (!p.is_rhs_along && are_bytes_widened)
-            PackBytesAcross(segment, start, padded, first, panels, phase, packed, done);
-          if (!p.is_rhs_along && !are_bytes_widened)
-            PackAcross(which, segment, start, padded, first, panels, phase, limb, packed, done);
+          if (!p.is_rhs_along) {
+            const bool are_bytes = kIsBytes || LimbCount(product.rhs.bits) == 1;
+            const auto pack = are_bytes ? &Driver::PackBytesAcross : &Driver::PackLimbsAcross;
+            (this->*pack)(which, segment, start, padded, first, panels, phase, limb, packed, done);
+          }
           for (int64_t i = 0; p.is_rhs_along && i < panels; ++i)
             PackAlong(which, segment, start + i * K::kNr * p.rhs_lane_step, padded, Width(first + i),
                       Words(packed + i * phase.panel_bytes, phase, limb) + done,
@@ -195,85 +194,72 @@ class Driver {
       for (int b = 0; b < phase.blocks; ++b) SumDigits(phase, b, packed + i * phase.panel_bytes);
   }
 
-  // Elements of rhs at which the rows of a segment begin, one after the other.
-  struct RowStarts {
-    const Piece* piece;
-    int64_t start, tap, step, left, at;
-
-    int64_t Next() {
-      if (left == 0) ++piece, left = tap, at = start + piece->rhs;
-      left -= 1, at += step;
-      return at - step;
-    }
-  };
-
   RowStarts StartsOf(const Segment& segment, int64_t start) const {
-    const Piece* piece = &p.pieces[segment.first_piece];
-    const int64_t tap = segment.depth / segment.pieces;
-    return {piece, start, tap, p.rhs_depth_step, tap, start + piece->rhs};
+    return RowStarts(&p.pieces[segment.first_piece], segment.depth / segment.pieces, start, p.rhs_depth_step);
   }
 
   // Columns are neighbours in memory: each group of rows is read along all panels, as it lies in memory.
-  void PackAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
-                  int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
-    const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
-    Lhs zeros[K::kNr], rows[K::kGroup][kIsBytes ? 1 : kPanelsAtOnce * K::kNr];
-    for (Lhs& zero : zeros) zero = ZeroDigit(Lhs{});
-    RowStarts starts = StartsOf(segment, start);
-    for (int64_t k = 0; k < padded; k += K::kGroup) {
-      const Lhs* group[K::kGroup];
-      for (int64_t j = 0; j < K::kGroup; ++j) {
-        group[j] = nullptr;
-        if (k + j >= segment.depth) continue;
-        const int64_t at = starts.Next();
-        if constexpr (kIsBytes) {
-          group[j] = product.rhs.plane[limb.shift / 8] + at;
-          PrefetchBehind(group[j], columns);
-        } else {
-          ReadLimb(product.rhs, limb, at, columns, rows[j]);
-          group[j] = rows[j];
-        }
-      }
-      for (int64_t i = 0; i < panels; ++i) {
-        const Lhs* row[K::kGroup];
-        for (int64_t j = 0; j < K::kGroup; ++j) row[j] = group[j] == nullptr ? zeros : group[j] + i * K::kNr;
-        Rhs* words = Words(packed + i * phase.panel_bytes, phase, plane) + done + k * K::kNr;
-        InterleavePadded(row, Width(first + i), reinterpret_cast<uint32_t*>(words));
-      }
-    }
-  }
-
-  // The same for 16-bit elements from codes of 8 bits, which are widened while they are interleaved.
-  void PackBytesAcross(const Segment& segment, int64_t start, int64_t padded, int64_t first, int64_t panels,
-                       const Phase& phase, uint8_t* packed, int64_t done) const {
+  // Here the bytes of a limb, or codes of 8 bits that become 16-bit elements.
+  void PackBytesAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
+                       int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
+    constexpr int64_t kAhead = 16;  // rows: on another page, which the processor does not expect
     const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
     uint8_t zeros[kPanelsAtOnce * K::kNr];
     __builtin_memset(zeros, ZeroDigit(uint8_t{}), sizeof(zeros));
     RowStarts starts = StartsOf(segment, start);
-    for (int64_t k = 0; k < padded; k += 2) {
-      const uint8_t* row[2] = {zeros, zeros};
-      for (int64_t j = 0; j < Min(2, segment.depth - k); ++j) {
-        row[j] = product.rhs.plane[0] + starts.Next();
-        PrefetchBehind(row[j], columns);
+    for (int64_t k = 0; k < padded; k += K::kGroup) {
+      const uint8_t* group[K::kGroup];
+      for (int64_t j = 0; j < K::kGroup; ++j) {
+        group[j] = k + j < segment.depth ? product.rhs.plane[limb.shift / 8] + starts.Next() : zeros;
+        for (int64_t c = 0; c < columns && group[j] != zeros; c += 64)
+          __builtin_prefetch(group[j] + c + kAhead * p.rhs_depth_step);
       }
-      for (int64_t i = 0; i < panels; ++i) {
-        Rhs* words = Words(packed + i * phase.panel_bytes, phase, 0) + done + k * K::kNr;
-        const int64_t width = Width(first + i);
-        InterleaveBytes(row[0] + i * K::kNr, row[1] + i * K::kNr, width, words);
-        for (int64_t c = 2 * width; c < 2 * K::kNr; ++c) words[c] = 0;
-      }
+      PackGroup(group, first, panels, phase, plane, packed, done + k * K::kNr);
     }
   }
 
-  // What is read some rows later: another page, which the processor does not expect.
-  void PrefetchBehind(const uint8_t* row, int64_t columns) const {
-    constexpr int64_t kAhead = 16;  // rows
-    for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(row + c + kAhead * p.rhs_depth_step);
+  // The same of 16-bit limbs, which are made from several planes.
+  void PackLimbsAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
+                       int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
+    const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
+    Lhs rows[K::kGroup][kPanelsAtOnce * K::kNr] = {};
+    RowStarts starts = StartsOf(segment, start);
+    for (int64_t k = 0; k < padded; k += K::kGroup) {
+      const Lhs* group[K::kGroup];
+      for (int64_t j = 0; j < K::kGroup; ++j) {
+        group[j] = rows[j];
+        if (k + j < segment.depth) {
+          ReadLimb(product.rhs, limb, starts.Next(), columns, rows[j]);
+        } else {
+          Zeros(product.rhs, limb, columns, rows[j]);
+        }
+      }
+      PackGroup(group, first, panels, phase, plane, packed, done + k * K::kNr);
+    }
   }
 
-  static void InterleavePadded(const Lhs* const* row, int64_t width, uint32_t* words) {
-    if (width == K::kNr) return Interleave(row, K::kNr, words);
-    Interleave(row, width, words);
+  template <class Element>
+  void PackGroup(const Element* const* group, int64_t first, int64_t panels, const Phase& phase, int plane,
+                 uint8_t* packed, int64_t done) const {
+    for (int64_t i = 0; i < panels; ++i) {
+      const Element* row[K::kGroup];
+      for (int64_t j = 0; j < K::kGroup; ++j) row[j] = group[j] + i * K::kNr;
+      auto* words = Words(packed + i * phase.panel_bytes, phase, plane) + done;
+      InterleavePadded(row, Width(first + i), reinterpret_cast<uint32_t*>(words));
+    }
+  }
+
+  template <class Element>
+  static void InterleavePadded(const Element* const* row, int64_t width, uint32_t* words) {
+    const auto interleave = [=](int64_t columns) {
+      if constexpr (sizeof(Element) < sizeof(Lhs)) {
+        InterleaveBytes(row[0], row[1], columns, reinterpret_cast<Lhs*>(words));
+      } else {
+        Interleave(row, columns, words);
+      }
+    };
+    if (width == K::kNr) return interleave(K::kNr);
+    interleave(width);
     for (int64_t c = width; c < K::kNr; ++c) words[c] = 0;
   }
 
@@ -501,12 +487,6 @@ class Driver {
         }
       }
     }
-  }
-
-  static int64_t SumBytes(const Lhs* bytes, int64_t count) {
-    uint32_t sum = 0;  // of at most 2^24 bytes
-    for (int64_t i = 0; i < count; ++i) sum += bytes[i];
-    return sum;
   }
 
   // ---- Storing
