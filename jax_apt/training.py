@@ -25,7 +25,7 @@ def value_and_grad(
       has_aux: whether `loss_fn` returns auxiliary data beside the loss.
       recompute: what the backward pass computes again instead of keeping it, inside `jax.jit`: "elementwise"
         functions of what is kept; "short_products" too, those forward products that take little time since
-        they sum few terms (1152 with AMX or on an accelerator, 288 with AVX-512 VNNI, 72 with AVX2); all
+        they sum few terms (1152 with AMX or on an accelerator, 576 with AVX-512 VNNI, 72 with AVX2); all
         forward "products", so that of a layer little but integer codes is kept; or "nothing" (loops inside
         the function keep little in any case). Gradients are the same.
 

@@ -12,6 +12,8 @@ constexpr int64_t kInt32Max = 2147483647;
 constexpr int64_t kLine = 64;
 constexpr int64_t kBlockBytes = 512 * 1024;  // of lhs that a task holds in L2
 constexpr int64_t kTasksPerWorker = 4;       // so that none waits long for the last
+constexpr int64_t kTapBytes = 8 << 20;       // of images of single taps: they stay in L3
+constexpr double kSerialCopied = 1 << 19;    // bytes, while one thread multiplies the terms of `serial`
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -107,14 +109,20 @@ class Planner {
   const Kind kind;
   const int workers;
   Plan p{};
-  int64_t reach[kSpace];    // grid points from the first tap to the last
-  int64_t cropped[kSpace];  // by negative padding
+  bool are_taps_apart = false;  // each has an image of x of its own
+  int64_t reach[kSpace];        // grid points from the first tap to the last
+  int64_t cropped[kSpace];      // by negative padding
+
+  static bool IsProductOfMatrices(const Geometry& g) {
+    for (int d = 0; d < kSpace; ++d)
+      if (g.window[d] != 1 || g.stride[d] != 1 || g.pad[d] != 0 || g.in[d] != g.out[d]) return false;
+    return true;
+  }
 
   // A 1x1 product at every pixel is a matrix product: one long row of pixels.
   static Geometry Merged(const Product& product) {
     Geometry g = product.geometry;
-    for (int d = 0; d < kSpace; ++d)
-      if (g.window[d] != 1 || g.stride[d] != 1 || g.pad[d] != 0 || g.in[d] != g.out[d]) return g;
+    if (!IsProductOfMatrices(g)) return g;
     g.in[2] = g.out[2] = g.batch * Volume(g.in);
     g.batch = g.in[0] = g.out[0] = g.in[1] = g.out[1] = 1;
     return g;
@@ -151,6 +159,7 @@ class Planner {
 
   // Grid point o of the image with remainder f holds x[o * stride + f - pad]; tap t of output pixel o is at
   // point o + t * dilation / stride of the image t * dilation % stride.
+  // With taps apart, point o of the image of tap t holds x[o * stride + t * dilation - pad].
   void LayOutImagesOfX() {
     for (int d = 0; d < kSpace; ++d) {
       reach[d] = (g.window[d] - 1) * g.dilation[d] / g.stride[d];
@@ -158,25 +167,53 @@ class Planner {
       p.source[d] = g.in[d], p.step[d] = g.stride[d];
     }
     p.source_channels = g.in_channels;
+    if (AreTapsQuickerApart(g.out, Volume(g.stride))) SetTapsApart(g.out);
     int64_t f[kSpace] = {};
     do {
-      for (int d = 0; d < kSpace; ++d) p.image_shift.push_back(f[d] - g.pad[d]);
-    } while (Next(f, g.stride));
+      for (int d = 0; d < kSpace; ++d)
+        p.image_shift.push_back(f[d] * (are_taps_apart ? g.dilation[d] : 1) - g.pad[d]);
+    } while (Next(f, are_taps_apart ? g.window : g.stride));
     SetLhsSize();
   }
 
   // Pixel q of dx, with q + pad = (i - cropped) * stride + remainder, is at point i; tap t reads point
   // i + reach - t * dilation / stride. So point o + reach + cropped holds dy[o].
+  // With taps apart, point q of the image of tap t holds dy[q + pad - t * dilation].
   void LayOutImageOfDy() {
     for (int d = 0; d < kSpace; ++d) {
       reach[d] = (g.window[d] - 1) * g.dilation[d] / g.stride[d];
       cropped[d] = std::max<int64_t>(0, CeilDiv(-g.pad[d], g.stride[d]));
       p.grid[d] = FloorDiv(g.in[d] - 1 + g.pad[d], g.stride[d]) + cropped[d] + reach[d] + 1;
       p.source[d] = g.out[d], p.step[d] = 1;
-      p.image_shift.push_back(-reach[d] - cropped[d]);
     }
     p.source_channels = g.out_channels;
+    if (Volume(g.stride) == 1 && AreTapsQuickerApart(g.in, 1)) SetTapsApart(g.in);
+    int64_t t[kSpace] = {};
+    do {
+      for (int d = 0; d < kSpace; ++d)
+        p.image_shift.push_back(are_taps_apart ? g.pad[d] - t[d] * g.dilation[d] : -reach[d] - cropped[d]);
+    } while (are_taps_apart && Next(t, g.window));
     SetLhsSize();
+  }
+
+  // Taps share an image, whose points beside the pixels of the result are computed in vain (or, in a filter
+  // gradient, multiply zeros of dy). On small maps these are many: then each tap gets an image without them.
+  bool AreTapsQuickerApart(const int64_t* pixels, int64_t images) const {
+    const int64_t taps = Volume(g.window);
+    if (taps == 1) return true;
+    const int64_t last[kSpace] = {pixels[0] - 1, pixels[1] - 1, pixels[2] - 1};
+    const int64_t points = Volume(p.grid), computed = p.is_lhs_channels ? points : Linear(last, p.grid) + 1;
+    const int64_t beside = computed - Volume(pixels), copied = Volume(pixels) * taps - points * images;
+    const double terms = static_cast<double>(beside) * taps * p.columns * p.rhs_limbs.count;
+    const int64_t bytes = p.shape.element_bytes * p.lhs_limbs.count * p.source_channels * g.batch;
+    return bytes * Volume(pixels) * taps <= kTapBytes &&
+           terms / p.shape.serial > p.shape.element_bytes * copied / kSerialCopied;
+  }
+
+  void SetTapsApart(const int64_t* pixels) {
+    are_taps_apart = true;
+    p.is_matrix = !p.is_lhs_channels;
+    for (int d = 0; d < kSpace; ++d) p.grid[d] = pixels[d], reach[d] = cropped[d] = 0;
   }
 
   void SetLhsSize() {
@@ -198,6 +235,7 @@ class Planner {
 
   // Where a tap of the first output pixel lies in the images of x.
   Place PlaceOf(const int64_t* tap) const {
+    if (are_taps_apart) return {Linear(tap, g.window), 0};
     int64_t point[kSpace], remainder[kSpace];
     for (int d = 0; d < kSpace; ++d) {
       point[d] = tap[d] * g.dilation[d] / g.stride[d];
@@ -251,7 +289,8 @@ class Planner {
         }
         if (is_met)
           taps.push_back(
-              {Linear(point, p.grid) * p.lhs_stride, Linear(t, g.window) * x_group * g.out_channels});
+              {(are_taps_apart ? Linear(t, g.window) * p.points : Linear(point, p.grid)) * p.lhs_stride,
+               Linear(t, g.window) * x_group * g.out_channels});
       } while (Next(t, g.window));
       AddTaps(phase, std::move(taps), depth);
       AddImageRuns(phase);
@@ -356,6 +395,8 @@ class Planner {
 
   void AddImageRuns(Phase& phase) {
     phase.first_run = static_cast<int>(p.runs.size());
+    phase.runs = 1;
+    if (p.is_matrix) return p.runs.push_back({0, p.points, 0, 0});
     const int64_t first = Linear(phase.low, p.grid), rows = Linear(phase.high, p.grid) - first + 1;
     for (int64_t n = 0; n < g.batch; ++n)
       p.runs.push_back({(n * Volume(p.grid) + first) * p.lhs_stride, rows, n, 0});
@@ -430,7 +471,8 @@ class Planner {
   void ShareOut(int index, int64_t all_tiles) {
     const Phase& phase = p.phases[index];
     const int64_t tiles = TilesOf(phase), wanted = kTasksPerWorker * workers;
-    const int64_t row_bytes = p.is_lhs_channels ? std::min(p.shape.kc, p.points) : p.lhs_stride;
+    const int64_t own_taps = are_taps_apart ? Volume(g.window) : 1;
+    const int64_t row_bytes = p.is_lhs_channels ? std::min(p.shape.kc, p.points) : p.lhs_stride * own_taps;
     const int64_t tile_bytes = p.shape.mr * row_bytes * p.shape.element_bytes * p.lhs_limbs.count;
     int64_t most_tiles = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(tile_bytes, 1));
     int64_t most_panels = p.panels;
@@ -469,7 +511,6 @@ class Planner {
 
   void LayOutScratch() {
     const int64_t element = p.shape.element_bytes;
-    p.is_matrix = IsMatrix();
     p.is_lhs_direct = IsLhsDirect();
     p.lhs_bytes = p.is_lhs_direct ? 0 : RoundUp(p.lhs_elements * p.lhs_limbs.count * element, kLine);
     p.rhs_bytes = p.is_rhs_own ? 0 : p.group_rhs_bytes * g.groups;
@@ -494,15 +535,10 @@ class Planner {
     p.scratch_bytes = p.worker_offset + workers * p.worker_bytes;
   }
 
-  bool IsMatrix() const {
-    return !p.is_lhs_channels && g.batch == 1 && Volume(p.grid) == g.in[2] && Volume(g.window) == 1 &&
-           Volume(g.stride) == 1 && g.pad[2] == 0 && g.in[2] == g.out[2];
-  }
-
   // Bytes of a matrix whose rows and depth need no filling up are read where they are.
   bool IsLhsDirect() const {
-    return p.is_matrix && p.shape.element_bytes == 1 && !p.shape.is_nonnegative &&
-           (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 && g.in[2] % p.shape.row_unit == 0;
+    return p.is_matrix && IsProductOfMatrices(g) && p.shape.element_bytes == 1 && !p.shape.is_nonnegative &&
+           (p.lhs_stride / g.groups) % p.shape.depth_unit == 0 && p.points % p.shape.row_unit == 0;
   }
 };
 

@@ -2,7 +2,7 @@
 //
 // All three products of a convolution become one form. Rows are pixels (or, for the filter gradient, the
 // input channels of a tap), and a row reads its depth from `Segment`s: stretches of memory at fixed offsets
-// from the row's first element. So no patch is ever copied: the next row begins `lhs_stride` elements on, and
+// from the row's first element. So no patch need be copied: the next row begins `lhs_stride` elements on, and
 // each tap of the filter is one more offset.
 //
 //   forward           rows: pixels of y    depth: taps x channels of x      lhs: padded image of x
@@ -12,6 +12,9 @@
 // An image lies on a grid in whose linear order a tap is a constant offset; what falls on padding is computed
 // and not stored. A stride s splits x into s images per dimension, one for each remainder of the
 // position (of dx, for the input gradient, into s sets of output pixels): its taps are then dense.
+//
+// On small maps much falls on padding, so that it is quicker to copy pixels once for each tap: image t then
+// holds what tap t meets at the pixels of the result, and no others.
 #ifndef JAX_APT_XLA_OPS_PLAN_H_
 #define JAX_APT_XLA_OPS_PLAN_H_
 
@@ -92,7 +95,7 @@ struct Plan {
   // The image of lhs: grid point g of image i holds source pixel g * step + image_shift[i], or zero.
   bool is_lhs_direct;            // a row-major matrix that is read where it is
   bool is_lhs_channels;          // channels first
-  bool is_matrix;                // rows are the result's, one behind the other
+  bool is_matrix;                // rows are the result's, one behind the other: no point falls on padding
   int64_t grid[kSpace], points;  // points: batch * grid
   int64_t source[kSpace], step[kSpace], source_channels;
   std::vector<int64_t> image_shift;  // (images, kSpace)
