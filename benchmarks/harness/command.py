@@ -26,6 +26,7 @@ def options(claim: str, rounds: int, block_ms: float, argv: list[str] | None = N
     parser.add_argument("--without", default="", help="contenders to leave out, by comma: torch,aqt")
     parser.add_argument("--nonnegative", action="store_true", help="activations are a ReLU's output")
     parser.add_argument("--allocator", default="", help="of all contenders, such as tcmalloc_minimal")
+    parser.add_argument("--avx2", action="store_true", help="all contenders use AVX2 and FMA at most")
     parser.add_argument("--every-width", action="store_true", help="steps: all contenders, long compilations")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; saves nothing")
     parser.add_argument("--out", default=None, help="folder of the JSON file, instead of results/<cpu>")
@@ -34,6 +35,8 @@ def options(claim: str, rounds: int, block_ms: float, argv: list[str] | None = N
         args.rounds, args.block_ms = 2, 1.0
     if args.allocator:
         os.environ["LD_PRELOAD"] = _library(args.allocator)  # workers inherit it
+    if args.avx2:
+        os.environ["JAX_APT_ISA"] = "avx2"  # here too: rows are described by the ISA in use
     return args
 
 
@@ -69,7 +72,7 @@ def run(
     kinds = [kind for kind in ENVIRONMENTS if kind not in args.without.split(",")]
     cases = [case | ({"nonnegative": True} if args.nonnegative else {}) for case in cases]
     pace, rows, unavailable = Pace(args.rounds, args.block_ms / 1000), [], {}
-    with Team(kinds, args.threads) as team:
+    with Team(kinds, args.threads, args.avx2) as team:
         for case in cases:
             if not any(text in case["name"] for text in args.only.split(",")):
                 continue
@@ -118,14 +121,15 @@ def _with_ceilings(rows: list[dict], measured: dict[str, float], isa: str) -> li
 
 
 def _save(benchmark: str, document: dict, args: argparse.Namespace) -> None:
-    parts = [benchmark, os.environ.get("JAX_APT_ISA"), args.nonnegative and "nonnegative"]
+    isa = None if args.avx2 else os.environ.get("JAX_APT_ISA")
+    parts = [benchmark, isa, args.nonnegative and "nonnegative"]
     parts += [args.allocator, args.threads != 2 and f"{args.threads}-threads"]
     if not args.merge:
         parts += [args.only and "only-" + "".join(c if c.isalnum() else "-" for c in args.only)]
     name = "@".join(str(part) for part in parts if part)
     if args.quick and args.out is None:
         return
-    folder = pathlib.Path(args.out) if args.out else None
+    folder = pathlib.Path(args.out) if args.out else results.FOLDER / machine.cpu_key(args.avx2)
     if args.merge:
         document = results.merged(name, document, folder)
     path = results.save(name, document, folder)

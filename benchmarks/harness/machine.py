@@ -39,10 +39,10 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
-def cpu_key() -> str:
-    """Folder of this processor's results: vendor, family, model and the widest feature that it shows."""
+def cpu_key(is_avx2: bool = False) -> str:
+    """Folder of this processor's results: vendor, family, model and the widest feature that is used."""
     fields = _cpuinfo()
-    flags = _flags(fields)
+    flags = {"avx2"} if is_avx2 else _flags(fields)
     widest = next((feature for feature in _FEATURES if feature in flags), platform.machine())
     vendor = fields.get("vendor_id", fields.get("CPU implementer", platform.machine()))
     family, model = fields.get("cpu family", "x"), fields.get("model", fields.get("CPU part", "x"))

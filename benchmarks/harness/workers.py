@@ -20,6 +20,15 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
     "torch": {},
 }
 
+# What makes all contenders use AVX2 and FMA at most, as on a CPU that has no more.
+_AVX2_FLAG = "--xla_cpu_max_isa=AVX2"
+_AVX2 = {
+    "JAX_APT_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
 
 class WorkerError(RuntimeError):
     """A worker's own exception, with its traceback."""
@@ -28,8 +37,10 @@ class WorkerError(RuntimeError):
 class Worker:
     """A process that prepares the contenders of a case and times them on command."""
 
-    def __init__(self, kind: str, threads: int):
+    def __init__(self, kind: str, threads: int, is_avx2: bool):
         environment = dict(os.environ) | ENVIRONMENTS[kind]
+        if is_avx2:
+            environment |= _AVX2 | {"XLA_FLAGS": f"{_AVX2_FLAG} {environment.get('XLA_FLAGS', '')}".strip()}
         environment |= {"JAX_PLATFORMS": "cpu"}
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
@@ -69,10 +80,16 @@ class Worker:
 
 
 class Team:
-    """The workers of a benchmark; `with Team([...], threads) as team`."""
+    """The workers of a benchmark; `with Team([...], threads) as team`.
 
-    def __init__(self, kinds: list[str], threads: int):
-        self.workers = {kind: Worker(kind, threads) for kind in kinds}
+    Args:
+      kinds: keys of `ENVIRONMENTS`.
+      threads: cores for every contender.
+      is_avx2: whether all contenders use AVX2 and FMA at most.
+    """
+
+    def __init__(self, kinds: list[str], threads: int, is_avx2: bool = False):
+        self.workers = {kind: Worker(kind, threads, is_avx2) for kind in kinds}
 
     def __enter__(self) -> "Team":
         return self
