@@ -105,9 +105,10 @@ def _about(key: str, documents: dict[str, dict]) -> str:
     newest = max(documents.values(), key=lambda document: (bool(document["ceilings"]), document["when"]))
     machine, versions = newest["machine"], newest["machine"]["versions"]
     software = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch") if versions.get(name))
+    held = " (all contenders held to AVX2)" if newest.get("settings", {}).get("avx2") else ""
     ceilings = ", ".join(f"{name} {gops:.0f}" for name, gops in newest["ceilings"].items())
     return (
-        f"- `{key}`: {machine['cpu']}, {machine['threads']} threads, ISA {machine['isa']}, {software}, "
+        f"- `{key}`: {machine['cpu']}, {machine['threads']} threads, ISA {machine['isa']}{held}, {software}, "
         f"{newest['when'][:10]}. Ceilings in Gop/s: {ceilings or 'not measured'}."
     )
 
