@@ -10,13 +10,13 @@ container, which the symmetric range never uses, marks a value that was NaN or i
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_apt.config import check_bits
 
 MIN_EXPONENT, MAX_EXPONENT = -126, 126  # both 2**e and 2**-e are normal float32 numbers
+_GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: multiples of it spread over all of uint32
 
 
 class Fixed(NamedTuple):
@@ -123,20 +123,35 @@ def round_stochastically(x: Array, exponent, key: Array) -> Array:
 
     `quantize` takes the result to its code without rounding again, so this works ahead of every backend.
     The fraction is exact in float32, and is compared with a uniform number of 24 bits, so the bias is
-    below 2**-24 of a step. Magnitudes from 2**24 steps on, more than any width holds, may shrink to there;
-    NaN and infinities stay.
+    below 2**-24 of a step. That number is a hash of the key, the element's place and its bits: the custom
+    call draws the same, and a layer that is used twice in a step draws anew. Magnitudes from 2**24 steps on,
+    more than any width holds, may shrink to there; NaN and infinities stay.
 
     Args:
       x: float32, any shape.
       exponent: int32 scalar.
-      key: a JAX random key.
+      key: uint32 scalar, from `random_key`.
     """
     top = jnp.float32(2.0**24)
     scaled = jnp.clip(x * power_of_two(-exponent), -top, top)
     below = jnp.floor(scaled)
-    uniform = (jax.random.bits(key, x.shape, jnp.uint32) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    place = lax.iota(jnp.uint32, x.size).reshape(x.shape) * jnp.uint32(_GOLDEN)
+    drawn = _mixed(lax.bitcast_convert_type(x, jnp.uint32) ^ (place + key))
+    uniform = (drawn >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
     codes = below + (uniform < scaled - below).astype(jnp.float32)
     return jnp.where(jnp.isfinite(x), codes * power_of_two(exponent), x)
+
+
+def random_key(seed: int, step: Array) -> Array:
+    """uint32 scalar: the key of a layer's random numbers in a training step (int32)."""
+    return _mixed(jnp.uint32(seed) + step.astype(jnp.uint32) * jnp.uint32(_GOLDEN))
+
+
+def _mixed(x: Array) -> Array:
+    """A hash of uint32 in which every bit depends on all (Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def rounded(x: Array, bits, exponent) -> Array:

@@ -19,7 +19,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jax_apt import _jax_versions as versions
 from jax_apt.config import GEMMS, Config
-from jax_apt.fixed_point import Fixed, exponent_for, round_stochastically
+from jax_apt.fixed_point import Fixed, exponent_for, random_key, round_stochastically
 from jax_apt.products import Operand, Program, Programs, adapt_operand, quantize_operand, run
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
@@ -205,7 +205,8 @@ def _quantized(
     if not set(gemms) & set(site.gemms):
         return None, nothing
     if _chooses_natively(site, slot, value):
-        operand, measured = adapt_operand(value, formats, slot, widths, site.config)
+        seed = site.seed if _is_random(site, slot) else None
+        operand, measured = adapt_operand(value, formats, slot, widths, site.config, seed)
         return _named(operand, measured)
     bits, exponent, should_measure, step = formats[slot]
     measured = nothing
@@ -215,8 +216,8 @@ def _quantized(
             lambda: _measure(value, bits, exponent, widths, site),
             lambda: (bits, exponent, nothing),
         )
-    if slot == DY and site.rounding == "stochastic":
-        value = round_stochastically(value, exponent, _key(site.seed, step, value))
+    if _is_random(site, slot):
+        value = round_stochastically(value, exponent, random_key(site.seed, step))
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
     operand, measured = _named(operand, measured)
     copied = () if slot == DY else site.copied[_slots(site).index(slot)]
@@ -225,9 +226,12 @@ def _quantized(
 
 def _chooses_natively(site: Site, slot: int, value: Array) -> bool:
     """Whether one custom call can measure and quantize: not where devices choose a format together."""
-    is_random = slot == DY and site.rounding == "stochastic"
     is_apart = bool(site.mesh_axes or versions.varying_axes(value)) or may_be_split()
-    return site.backend == "native" and not (site.is_settled or is_random or is_apart)
+    return site.backend == "native" and not (site.is_settled or is_apart)
+
+
+def _is_random(site: Site, slot: int) -> bool:
+    return slot == DY and site.rounding == "stochastic"
 
 
 def _named(operand: Operand, measured: Measurement) -> tuple[Operand, Measurement]:
@@ -241,13 +245,6 @@ def _counted_once(count: Array, copied: tuple[str, ...]) -> Array:
     for axis in copied:
         count = jnp.where(lax.axis_index(axis) == 0, count, 0.0)
     return count
-
-
-def _key(seed: int, step: Array, value: Array) -> Array:
-    """A key of the layer, the step and the tensor, so that a layer used twice in a step draws anew."""
-    pattern = lax.bitcast_convert_type(value, jnp.uint32)
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.fold_in(key, jnp.sum(pattern, dtype=jnp.uint32))
 
 
 def _measure(value: Array, bits, exponent, widths, site: Site):

@@ -68,7 +68,7 @@ def quantize_operand(value: Array, bits, exponent, widths: tuple[int, ...], back
 
 
 def adapt_operand(
-    value: Array, formats: Array, row: int, widths: tuple[int, ...], config: Config
+    value: Array, formats: Array, row: int, widths: tuple[int, ...], config: Config, seed: int | None
 ) -> tuple[Operand, Measurement]:
     """`quantize_operand` on the native backend, in a format that is chosen there if an update is due.
 
@@ -78,10 +78,11 @@ def adapt_operand(
       row: of `formats`.
       widths: candidates, ascending; the last may be repeated.
       config: threshold, mode and measure.
+      seed: of random rounding; None: to nearest.
     """
     limit = error_limit(config.threshold)
     choice = xla_ops.Choice(widths, config.measure, config.mode == "restart", limit)
-    found = xla_ops.adapt(value, formats, row, choice)
+    found = xla_ops.adapt(value, formats, row, choice, seed=seed)
     number = Fixed(found.planes, found.bits, found.exponent)
     measured = Measurement(found.measured, found.nonfinite, found.abs_sum, found.error_sums, found.exponents)
     return Operand(number, tuple(dict.fromkeys(widths)), found.nonfinite), measured

@@ -1,5 +1,6 @@
 """Rules by primitive and shape, per-product switches, and stochastic rounding of gradients."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -11,7 +12,7 @@ from jax import lax
 
 import jax_apt as apt
 from jax_apt import xla_ops
-from jax_apt.fixed_point import round_stochastically
+from jax_apt.fixed_point import random_key, round_stochastically
 
 BACKENDS = ["emulate", "xla"] + (["native"] if xla_ops.is_available() else [])
 GEMMS = ("fwd", "dx", "dw")
@@ -125,7 +126,7 @@ STOCHASTIC = apt.Rule(grads=8, rounding="stochastic")
 
 def test_rounding_goes_to_a_neighbour_with_the_right_probability():
     steps = jnp.array([0.25, -0.25, 3.9, -7.5, 2.0, 0.0])
-    keys = jax.random.split(jax.random.key(0), 20000)
+    keys = jax.vmap(lambda step: random_key(7, step))(jnp.arange(20000))
     codes = np.asarray(jax.vmap(lambda key: round_stochastically(steps * 2.0**-5, -5, key))(keys)) * 32
     assert np.all((codes == np.floor(steps)) | (codes == np.ceil(steps)))
     np.testing.assert_allclose(codes.mean(0), steps, atol=5 * 0.5 / 20000**0.5)  # five standard errors
@@ -134,9 +135,41 @@ def test_rounding_goes_to_a_neighbour_with_the_right_probability():
 
 def test_values_that_no_width_holds_and_non_finite_ones():
     x = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 3e38, -3e38], jnp.float32)
-    got = round_stochastically(x, -126, jax.random.key(0))
+    got = round_stochastically(x, -126, jnp.uint32(0))
     np.testing.assert_array_equal(got[:3], x[:3])
     assert jnp.array_equal(got[3:], jnp.array([1.0, -1.0]) * jnp.float32(2.0**-102))
+
+
+@pytest.mark.skipif(not xla_ops.is_available(), reason="the kernels are not compiled here")
+@pytest.mark.parametrize("isa", xla_ops.available_isas() if xla_ops.is_available() else ())
+@pytest.mark.parametrize("bits", (3, 8, 12, 16, 24))
+def test_the_custom_call_draws_the_same(isa, bits):
+    """Also past the part that one task has, for values that clip, and for those that are not finite."""
+    rng = np.random.default_rng(bits)
+    x = rng.standard_normal(70001).astype(np.float32) * 2.0 ** rng.integers(-20, 20, 70001)
+    x[[5, 40000, 70000]] = np.nan, np.inf, -np.inf
+    formats = jnp.array([[bits, -7, 0, 3]] * 3, jnp.int32)
+    choice = xla_ops.Choice((bits,), "mean_magnitude", False, 0.1)
+    found = xla_ops.adapt(jnp.asarray(x, jnp.float32), formats, 2, choice, seed=2**32 - 5, isa=isa)
+    drawn = round_stochastically(jnp.asarray(x, jnp.float32), -7, random_key(2**32 - 5, formats[2, 3]))
+    planes, nonfinite = xla_ops.quantize(drawn, bits, -7, limbs=xla_ops.limb_count(bits), isa=isa)
+    np.testing.assert_array_equal(found.planes, planes)
+    assert found.nonfinite == nonfinite == 3
+    nearest = xla_ops.adapt(jnp.asarray(x, jnp.float32), formats, 2, choice, isa=isa)
+    assert np.any(nearest.planes != planes)
+
+
+def test_equal_values_are_drawn_apart():
+    """As are neighbours and later steps: a constant is right on average in every one of many tensors."""
+    x = jnp.full((50, 40, 25), 0.3, jnp.float32)
+    keys = jax.vmap(lambda step: random_key(1, step))(jnp.arange(200))
+    ones = jax.vmap(lambda key: round_stochastically(x, 0, key))(keys)
+    deviation = (0.3 * 0.7) ** 0.5
+    for axes in ((1, 2, 3), (0, 2, 3), (0, 1, 2)):
+        count = math.prod(ones.shape[axis] for axis in axes)
+        assert jnp.max(jnp.abs(ones.mean(axes) - 0.3)) < 5 * deviation / count**0.5
+    apart = jnp.mean((ones[..., 1:] - 0.3) * (ones[..., :-1] - 0.3))
+    assert abs(apart) < 5 * deviation**2 / ones.size**0.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -171,7 +171,9 @@ class Adapted(NamedTuple):
     exponents: Array  # int32 (W,): what the largest magnitude needs at each width
 
 
-def adapt(x: Array, formats: Array, row: int, choice: Choice, *, isa: str = "auto") -> Adapted:
+def adapt(
+    x: Array, formats: Array, row: int, choice: Choice, *, seed: int | None = None, isa: str = "auto"
+) -> Adapted:
     """`quantize` in the format of a row of a table; where the row asks for it, a new one is chosen first.
 
     Sums are kept in double, part by part in a fixed order: they do not depend on the number of threads, and
@@ -182,6 +184,8 @@ def adapt(x: Array, formats: Array, row: int, choice: Choice, *, isa: str = "aut
       formats: int32 (rows, 4): bits, exponent, whether to measure (1), and the training step.
       row: of `formats`.
       choice: how a format is chosen.
+      seed: None rounds to nearest; a number below 2**32 at random, as `fixed_point.round_stochastically` does
+        with the key of this seed and the row's step.
       isa: instruction set, "auto" or one of `available_isas()`.
 
     Raises:
@@ -211,6 +215,7 @@ def adapt(x: Array, formats: Array, row: int, choice: Choice, *, isa: str = "aut
         "measure": MEASURES.index(choice.measure),
         "is_restart": int(choice.is_restart),
         "limit": np.float32(choice.limit),
+        "seed": -1 if seed is None else seed,
     }
     return Adapted(*call(x, formats, **attributes, isa=isa))
 

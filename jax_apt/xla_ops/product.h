@@ -85,6 +85,15 @@ struct Plan;
 using QuantizeFn = int64_t (*)(const float* x, int64_t count, int bits, int exponent, uint8_t* planes,
                                int64_t stride);
 
+struct Draw {  // of random numbers: a layer's in a training step
+  uint32_t seed;
+  int32_t step;
+};
+
+// The same, rounded at random; the values begin at `first` of the tensor.
+using QuantizeAtRandomFn = int64_t (*)(const float* x, int64_t count, int64_t first, Draw, int bits,
+                                       int exponent, uint8_t* planes, int64_t stride);
+
 // Largest magnitude of the values, as the bits of a float, and their sum|x|.
 using MeasureRangeFn = void (*)(const float* x, int64_t count, int32_t* largest, double* abs_sum);
 
@@ -109,6 +118,7 @@ struct Kernels {
   KernelShape shape;
   void (*run)(const Plan&, const Product&, uint8_t* scratch, Parallel&);
   QuantizeFn quantize;
+  QuantizeAtRandomFn quantize_at_random;
   MeasureRangeFn measure_range;
   MeasureErrorFn measure_error;
   MaxPoolGradientFn max_pool_gradient;

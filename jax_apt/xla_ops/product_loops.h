@@ -596,5 +596,6 @@ constexpr Kernels KernelsOf(const char* name, const Kernels* nonnegative = nullp
   constexpr KernelShape kShape = {
       K::kMr, K::kNr,     K::kRowUnit,     K::kDepthUnit,    sizeof(typename K::Lhs),
       K::kKc, K::kSerial, K::kHasWinograd, K::kIsNonnegative};
-  return {name, kShape, RunProduct<K>, Quantize, MeasureRange, MeasureError, MaxPoolGradient, nonnegative};
+  return {name,         kShape,       RunProduct<K>,   Quantize,   QuantizeAtRandom,
+          MeasureRange, MeasureError, MaxPoolGradient, nonnegative};
 }

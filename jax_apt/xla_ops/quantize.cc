@@ -103,9 +103,12 @@ Format ChooseFormat(const Kernels& kernels, const float* x, int64_t count, const
   return {choice.widths[chosen], statistics->exponents[chosen]};
 }
 
-int64_t QuantizeTensor(const Kernels& kernels, const float* x, int64_t count, Format format, uint8_t* planes,
-                       int64_t stride, Parallel& parallel) {
+int64_t QuantizeTensor(const Kernels& kernels, const float* x, int64_t count, Format format, const Draw* draw,
+                       uint8_t* planes, int64_t stride, Parallel& parallel) {
   const auto look = [&](const float* part, int64_t start, int64_t size) {
+    if (draw != nullptr)
+      return kernels.quantize_at_random(part, size, start, *draw, format.bits, format.exponent,
+                                        planes + start, stride);
     return kernels.quantize(part, size, format.bits, format.exponent, planes + start, stride);
   };
   int64_t nonfinite = 0;

@@ -37,9 +37,10 @@ struct Statistics {
 Format ChooseFormat(const Kernels&, const float* x, int64_t count, const Choice&, Format in_use, Statistics*,
                     Parallel&);
 
-// x in limb planes of `stride` bytes; returns how many values were not finite.
-int64_t QuantizeTensor(const Kernels&, const float* x, int64_t count, Format, uint8_t* planes, int64_t stride,
-                       Parallel&);
+// x in limb planes of `stride` bytes; returns how many values were not finite. With a draw it is rounded at
+// random, without one to nearest.
+int64_t QuantizeTensor(const Kernels&, const float* x, int64_t count, Format, const Draw*, uint8_t* planes,
+                       int64_t stride, Parallel&);
 
 }  // namespace jax_apt
 

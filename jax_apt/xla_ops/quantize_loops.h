@@ -53,6 +53,55 @@ bool QuantizeFinite(const float* __restrict x, int64_t count, float inverse, flo
   return largest < 0x7f800000;
 }
 
+constexpr uint32_t kGolden = 0x9e3779b9;
+
+// A hash: Wellons' lowbias32.
+inline uint32_t Mixed(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352d;
+  x = (x ^ (x >> 15)) * 0x846ca68b;
+  return x ^ (x >> 16);
+}
+
+// Rounds up with the probability of the fraction: `fixed_point.round_stochastically`, bit for bit.
+template <int kLimbs>
+int64_t QuantizeAtRandomInto(const float* __restrict x, int64_t count, uint32_t key, float inverse,
+                             float limit, uint8_t* __restrict planes, int64_t stride) {
+  constexpr int32_t kOffset = 1 << (8 * kLimbs - 1);
+  constexpr float kTop = 16777216.0f;
+  int32_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = x[i];
+    float scaled = value * inverse;
+    scaled = scaled < kTop ? scaled : kTop;
+    scaled = scaled > -kTop ? scaled : -kTop;
+    uint32_t pattern;
+    __builtin_memcpy(&pattern, x + i, 4);
+    const uint32_t drawn = Mixed(pattern ^ (static_cast<uint32_t>(i) * kGolden + key)) >> 8;
+    const float below = __builtin_floorf(scaled);
+    float rounded =
+        static_cast<float>(static_cast<int32_t>(drawn)) * 0x1p-24f < scaled - below ? below + 1 : below;
+    rounded = rounded < limit ? rounded : limit;
+    rounded = rounded > -limit ? rounded : -limit;
+    const bool is_bad = !(__builtin_fabsf(value) <= 3.4028234663852886e38f);
+    const int32_t code = static_cast<int32_t>(rounded) + kOffset;
+    StorePlanes<kLimbs>(static_cast<uint32_t>(is_bad ? 0 : code), planes + i, stride);
+    bad += is_bad;
+  }
+  return bad;
+}
+
+int64_t QuantizeAtRandom(const float* x, int64_t count, int64_t first, Draw draw, int bits, int exponent,
+                         uint8_t* planes, int64_t stride) {
+  const float inverse = PowerOfTwo(-exponent), limit = static_cast<float>((int64_t{1} << (bits - 1)) - 1);
+  const uint32_t key =
+      Mixed(draw.seed + static_cast<uint32_t>(draw.step) * kGolden) + static_cast<uint32_t>(first) * kGolden;
+  switch (LimbCount(bits)) {
+    case 1: return QuantizeAtRandomInto<1>(x, count, key, inverse, limit, planes, stride);
+    case 2: return QuantizeAtRandomInto<2>(x, count, key, inverse, limit, planes, stride);
+    default: return QuantizeAtRandomInto<3>(x, count, key, inverse, limit, planes, stride);
+  }
+}
+
 template <int kLimbs>
 int64_t QuantizeInto(const float* x, int64_t count, int bits, int exponent, uint8_t* planes, int64_t stride) {
   const float inverse = PowerOfTwo(-exponent), limit = static_cast<float>((int64_t{1} << (bits - 1)) - 1);

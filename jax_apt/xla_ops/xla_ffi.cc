@@ -119,7 +119,7 @@ ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
     const Format format{bits.typed_data()[b], exponents.typed_data()[b]};
     if (auto error = CheckFormat(format, limbs); error.failure()) return error;
     nonfinite->typed_data()[b] =
-        static_cast<float>(QuantizeTensor(*kernels, x.typed_data() + b * count, count, format,
+        static_cast<float>(QuantizeTensor(*kernels, x.typed_data() + b * count, count, format, nullptr,
                                           planes->typed_data() + b * limbs * count, count, team));
   }
   return ffi::Error::Success();
@@ -142,7 +142,7 @@ ffi::Error AdaptImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
                      ffi::ResultBuffer<ffi::F32> measured, ffi::ResultBuffer<ffi::F32> abs_sums,
                      ffi::ResultBuffer<ffi::F32> error_sums, ffi::ResultBuffer<ffi::S32> needed, int64_t row,
                      ffi::Span<const int64_t> widths, int64_t measure, int64_t is_restart, float limit,
-                     std::string_view isa) {
+                     int64_t seed, std::string_view isa) {
   const Kernels* kernels;
   if (auto error = FindIsa("adapt", isa, &kernels); error.failure()) return error;
   Choice choice;
@@ -168,8 +168,10 @@ ffi::Error AdaptImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
     abs_sums->typed_data()[b] = found.abs_sum;
     std::copy(found.error_sums, found.error_sums + choice.count, error_sums->typed_data() + b * choice.count);
     std::copy(found.exponents, found.exponents + choice.count, needed->typed_data() + b * choice.count);
-    nonfinite->typed_data()[b] = static_cast<float>(QuantizeTensor(
-        *kernels, values, count, format, planes->typed_data() + b * limbs * count, count, team));
+    const Draw draw{static_cast<uint32_t>(seed), fields[3]};
+    nonfinite->typed_data()[b] =
+        static_cast<float>(QuantizeTensor(*kernels, values, count, format, seed < 0 ? nullptr : &draw,
+                                          planes->typed_data() + b * limbs * count, count, team));
   }
   return ffi::Error::Success();
 }
@@ -300,6 +302,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_adapt, jax_apt::AdaptImpl,
                                   .Attr<int64_t>("measure")
                                   .Attr<int64_t>("is_restart")
                                   .Attr<float>("limit")
+                                  .Attr<int64_t>("seed")
                                   .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_max_pool_gradient, jax_apt::MaxPoolGradientImpl,
