@@ -65,26 +65,25 @@ inline uint32_t Mixed(uint32_t x) {
 // Rounds up with the probability of the fraction: `fixed_point.round_stochastically`, bit for bit.
 template <int kLimbs>
 int64_t QuantizeAtRandomInto(const float* __restrict x, int64_t count, uint32_t key, float inverse,
-                             float limit, uint8_t* __restrict planes, int64_t stride) {
+                             int32_t limit, uint8_t* __restrict planes, int64_t stride) {
   constexpr int32_t kOffset = 1 << (8 * kLimbs - 1);
-  constexpr float kTop = 16777216.0f;
+  const float beyond = static_cast<float>(limit + 1);  // also what NaN becomes here
   int32_t bad = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float value = x[i];
-    float scaled = value * inverse;
-    scaled = scaled < kTop ? scaled : kTop;
-    scaled = scaled > -kTop ? scaled : -kTop;
     uint32_t pattern;
     __builtin_memcpy(&pattern, x + i, 4);
+    float scaled = x[i] * inverse;
+    scaled = scaled < beyond ? scaled : beyond;
+    scaled = scaled > -beyond ? scaled : -beyond;
+    int32_t code = static_cast<int32_t>(scaled);
+    code -= static_cast<int32_t>(static_cast<float>(code) > scaled);
     const uint32_t drawn = Mixed(pattern ^ (static_cast<uint32_t>(i) * kGolden + key)) >> 8;
-    const float below = __builtin_floorf(scaled);
-    float rounded =
-        static_cast<float>(static_cast<int32_t>(drawn)) * 0x1p-24f < scaled - below ? below + 1 : below;
-    rounded = rounded < limit ? rounded : limit;
-    rounded = rounded > -limit ? rounded : -limit;
-    const bool is_bad = !(__builtin_fabsf(value) <= 3.4028234663852886e38f);
-    const int32_t code = static_cast<int32_t>(rounded) + kOffset;
-    StorePlanes<kLimbs>(static_cast<uint32_t>(is_bad ? 0 : code), planes + i, stride);
+    const float uniform = static_cast<float>(static_cast<int32_t>(drawn)) * 0x1p-24f;
+    code += static_cast<int32_t>(uniform < scaled - static_cast<float>(code));
+    code = code < limit ? code : limit;
+    code = code > -limit ? code : -limit;
+    const int32_t is_bad = (pattern & 0x7fffffff) >= 0x7f800000;
+    StorePlanes<kLimbs>(static_cast<uint32_t>((code + kOffset) & (is_bad - 1)), planes + i, stride);
     bad += is_bad;
   }
   return bad;
@@ -92,7 +91,8 @@ int64_t QuantizeAtRandomInto(const float* __restrict x, int64_t count, uint32_t 
 
 int64_t QuantizeAtRandom(const float* x, int64_t count, int64_t first, Draw draw, int bits, int exponent,
                          uint8_t* planes, int64_t stride) {
-  const float inverse = PowerOfTwo(-exponent), limit = static_cast<float>((int64_t{1} << (bits - 1)) - 1);
+  const float inverse = PowerOfTwo(-exponent);
+  const int32_t limit = (1 << (bits - 1)) - 1;
   const uint32_t key =
       Mixed(draw.seed + static_cast<uint32_t>(draw.step) * kGolden) + static_cast<uint32_t>(first) * kGolden;
   switch (LimbCount(bits)) {
