@@ -31,7 +31,11 @@ _MEANS = (
     ("depthwise 3x3, int16 gradients", "depthwise", "all", "jax/apt-8-8-16"),
 )
 _STEPS = {"jax/apt-8": "int8 gradients", "jax/apt-16": "int16", "jax/apt-24": "int24"}
-_STEPS |= {"jax/qwix": "Qwix int8", "jax/apt-adaptive": "widths by APT"}
+_STEPS |= {
+    "jax/qwix": "Qwix int8",
+    "jax/apt-adaptive": "widths by APT",
+    "jax/apt-random": "rounded at random",
+}
 _RECOMPUTED = {"jax/apt-adaptive": "", "jax/apt-adaptive-products": ", products again"}  # of memory
 _ALLOCATORS = {"": "", "@tcmalloc_minimal": ", tcmalloc"}
 

@@ -25,7 +25,7 @@ _SETTLING = 150  # steps before anything is timed or counted
 
 
 def build(case: dict, name: str) -> tuple[Calls, dict]:
-    """Calls and info of a contender: float32, bfloat16, qwix, apt-8, apt-16, apt-24 or apt-adaptive.
+    """Calls and info of a contender: float32, bfloat16, qwix, or apt- with 8, 16, 24, adaptive or random.
 
     With "-remat" behind it float32 keeps the products' results alone and computes what lies between them
     again in the backward pass. With "-products" jax_apt computes the products again as well.
@@ -147,10 +147,15 @@ def _quantized_by_qwix(module, case: dict):
 
 
 def _apt(case: dict, grads: str) -> tuple[Calls, dict]:
-    """grads: a width, or "adaptive": int8, int16 or int24 as the method chooses for each tensor."""
+    """grads: a width, or "adaptive" or "random": int8, int16 or int24 as the method chooses for each tensor.
+
+    "random" rounds gradients at random, the others to nearest.
+    """
     recompute = "products" if grads.endswith("-products") else "short_products"
     grads = grads.removesuffix("-products")
-    rules = [] if grads == "adaptive" else [apt.Rule(grads=int(grads))]
+    is_adaptive = grads in ("adaptive", "random")
+    rounding = "stochastic" if grads == "random" else "nearest"
+    rules = [apt.Rule(rounding=rounding) if is_adaptive else apt.Rule(grads=int(grads))]
     config = apt.Config(steps_per_epoch=1000, initial_fraction=_INITIAL_STEPS / 1000)
     q = apt.apt_quantize(_model(module_of(case)), rules, config=config)
     params, others = _variables(case)
@@ -160,9 +165,9 @@ def _apt(case: dict, grads: str) -> tuple[Calls, dict]:
     if case.get("memory_only"):
         return {}, info
     loop = _Loop(compiled, carry, case)
-    for _ in range(_SETTLING if grads == "adaptive" else 3):
+    for _ in range(_SETTLING if is_adaptive else 3):
         loop()
-    if grads != "adaptive":
+    if not is_adaptive:
         loop.carry = _with_next_update(loop.carry, _NEVER)
         return {"step": loop}, info | _precision(q, loop)
     calls: Calls = {"step": loop}

@@ -217,7 +217,7 @@ def initial(case: dict) -> dict:
 
 def steps(quick: bool) -> list[dict]:
     """The training steps that are timed."""
-    one = ("apt-adaptive",)
+    one = ("apt-adaptive", "apt-random")
     every, some = ("apt-8", "apt-16", *one), ("apt-8", *one)
     sizes = (  # the contenders are fewer where compilation is long
         ("ResNet-18 CIFAR, batch 16", "resnet18", 16, (*every, "qwix")),

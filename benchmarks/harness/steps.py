@@ -3,7 +3,7 @@
 from harness import results
 from harness.results import number, table
 
-EVERY_WIDTH = ["apt-8", "apt-16", "apt-24", "apt-adaptive", "qwix"]
+EVERY_WIDTH = ["apt-8", "apt-16", "apt-24", "apt-adaptive", "apt-random", "qwix"]
 
 
 def contenders(case: dict) -> dict[str, list[str]]:

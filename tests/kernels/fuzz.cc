@@ -269,6 +269,41 @@ bool CheckQuantization(Random& random, const std::vector<const Kernels*>& all) {
   return true;
 }
 
+// Each code is a neighbour of its value, whatever the ISA the same one, and no other where a tensor is cut in
+// two.
+bool CheckRandomRounding(Random& random, const std::vector<const Kernels*>& all) {
+  const int bits = static_cast<int>(random.Int(2, 24)), exponent = static_cast<int>(random.Int(-100, 100));
+  const int limbs = LimbCount(bits);
+  const int64_t count = random.Pick({0, 1, 3, 17, 64, random.Int(1, 9000)}), cut = random.Int(0, count);
+  const Draw draw{static_cast<uint32_t>(random.Int(0, int64_t{1} << 31)),
+                  static_cast<int32_t>(random.Int(0, 99))};
+  const double most = std::ldexp(1, bits - 1) - 1;
+  std::vector<float> x(count);
+  for (float& value : x) value = DrawValue(random, bits, exponent) * 0.75F;
+  std::vector<uint8_t> planes(limbs * count), first_found;
+  for (const Kernels* kernels : all) {
+    std::fill(planes.begin(), planes.end(), uint8_t{7});
+    kernels->quantize_at_random(x.data(), cut, 0, draw, bits, exponent, planes.data(), count);
+    kernels->quantize_at_random(x.data() + cut, count - cut, cut, draw, bits, exponent, planes.data() + cut,
+                                count);
+    if (first_found.empty()) first_found = planes;
+    bool is_good = planes == first_found;
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t code = -(int64_t{1} << (8 * limbs - 1));
+      for (int limb = 0; limb < limbs; ++limb) code += int64_t{planes[limb * count + i]} << (8 * limb);
+      const double scaled = std::ldexp(double{x[i]}, -exponent);
+      const double clipped = std::fmax(-most, std::fmin(most, scaled));
+      is_good &= std::isfinite(x[i]) ? std::fabs(static_cast<double>(code) - clipped) < 1
+                                     : code == -(int64_t{1} << (8 * limbs - 1));
+    }
+    if (is_good) continue;
+    std::printf("%s: random rounding, %d bits, exponent %d, %lld values\n", kernels->name, bits, exponent,
+                static_cast<long long>(count));
+    return false;
+  }
+  return true;
+}
+
 // Sums against double, exponents and the choice against what follows from those; the same with any team.
 bool CheckChoice(Random& random, const std::vector<const Kernels*>& all) {
   const int64_t count = random.Pick({1, 15, 1000, 40000, random.Int(1, 100000)});
@@ -414,7 +449,7 @@ int Main(int count, char** arguments) {
       Random random(static_cast<uint64_t>(seed * callers + caller));
       for (int64_t i = 0; i < cases && failures == 0; ++i)
         if (!CheckProduct(random, all) || !CheckMarks(random) || !CheckQuantization(random, all) ||
-            !CheckChoice(random, all) || !CheckPool(random, all))
+            !CheckRandomRounding(random, all) || !CheckChoice(random, all) || !CheckPool(random, all))
           ++failures;
     });
   for (std::thread& thread : threads) thread.join();
