@@ -157,6 +157,8 @@ def test_the_custom_call_draws_the_same(isa, bits):
     assert found.nonfinite == nonfinite == 3
     nearest = xla_ops.adapt(jnp.asarray(x, jnp.float32), formats, 2, choice, isa=isa)
     assert np.any(nearest.planes != planes)
+    with pytest.raises(ValueError, match=r"seed must be in 0.*got -1"):
+        xla_ops.adapt(jnp.asarray(x, jnp.float32), formats, 2, choice, seed=-1, isa=isa)
 
 
 def test_equal_values_are_drawn_apart():

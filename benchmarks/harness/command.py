@@ -36,7 +36,7 @@ def options(claim: str, rounds: int, block_ms: float, argv: list[str] | None = N
     if args.allocator:
         os.environ["LD_PRELOAD"] = _library(args.allocator)  # workers inherit it
     if args.avx2:
-        os.environ["JAX_APT_ISA"] = "avx2"  # here too: rows are described by the ISA in use
+        os.environ["JAX_APT_ISA"] = "avx2"  # workers inherit it
     return args
 
 

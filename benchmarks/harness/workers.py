@@ -20,10 +20,9 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
     "torch": {},
 }
 
-# What makes all contenders use AVX2 and FMA at most, as on a CPU that has no more.
+# What makes XLA and PyTorch use AVX2 and FMA at most, as on a CPU that has no more; JAX_APT_ISA is inherited.
 _AVX2_FLAG = "--xla_cpu_max_isa=AVX2"
 _AVX2 = {
-    "JAX_APT_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",

@@ -189,7 +189,7 @@ def adapt(
       isa: instruction set, "auto" or one of `available_isas()`.
 
     Raises:
-      ValueError: a row, a width or a measure is wrong, or an ISA cannot run here.
+      ValueError: a row, a width, a measure or a seed is wrong, or an ISA cannot run here.
       TypeError: `x` is not float32, or `formats` not int32.
       RuntimeError: the library is not available.
     """
@@ -200,6 +200,8 @@ def adapt(
         raise ValueError(f"adapt: formats must be (rows, 4) and have row {row}, got shape {formats.shape}")
     if choice.measure not in MEASURES or not 1 <= len(choice.widths) <= 23:
         raise ValueError(f"adapt: measure must be one of {', '.join(MEASURES)}, widths 1 to 23; got {choice}")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"adapt: seed must be in 0..2**32 - 1, or None; got {seed!r}")
     widths = (len(choice.widths),)
     number, integer = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     results = (

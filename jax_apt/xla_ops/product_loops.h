@@ -589,8 +589,7 @@ void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Para
   Driver<K>(plan, product, scratch).Run(parallel);
 }
 
-// ---- What the unit offers --------------------------------------------------------------------------------
-
+// What the unit offers.
 template <class K>
 constexpr Kernels KernelsOf(const char* name, const Kernels* nonnegative = nullptr) {
   constexpr KernelShape kShape = {
