@@ -216,12 +216,21 @@ def _quantized(
             lambda: _measure(value, bits, exponent, widths, site),
             lambda: (bits, exponent, nothing),
         )
-    if _is_random(site, slot):
-        value = round_stochastically(value, exponent, random_key(site.seed, step))
+    value = _drawn(site, slot, value, exponent, step)
     operand = quantize_operand(value, bits, exponent, widths, site.backend)
     operand, measured = _named(operand, measured)
     copied = () if slot == DY else site.copied[_slots(site).index(slot)]
     return operand, measured._replace(nonfinite=_counted_once(operand.nonfinite, copied))
+
+
+def quantize_gradient(site: Site, value: Array, bits: Array, exponent: Array, step: Array) -> Operand:
+    """dY in a format that is chosen already, rounded as the site's rule says; `step`: the training step."""
+    widths = site.widths[DY]
+    if _is_random(site, DY) and _chooses_natively(site, DY, value):
+        formats = jnp.stack([bits, exponent, jnp.zeros_like(bits), step])[None]
+        return adapt_operand(value, formats, 0, widths, site.config, site.seed)[0]
+    value = _drawn(site, DY, value, exponent, step)
+    return quantize_operand(value, bits, exponent, widths, site.backend)
 
 
 def _chooses_natively(site: Site, slot: int, value: Array) -> bool:
@@ -232,6 +241,13 @@ def _chooses_natively(site: Site, slot: int, value: Array) -> bool:
 
 def _is_random(site: Site, slot: int) -> bool:
     return slot == DY and site.rounding == "stochastic"
+
+
+def _drawn(site: Site, slot: int, value: Array, exponent: Array, step: Array) -> Array:
+    """The value itself, or what it is rounded to at random."""
+    if not _is_random(site, slot):
+        return value
+    return round_stochastically(value, exponent, random_key(site.seed, step))
 
 
 def _named(operand: Operand, measured: Measurement) -> tuple[Operand, Measurement]:

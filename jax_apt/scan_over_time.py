@@ -6,6 +6,7 @@
 The loop stacks the codes of X_t, its reverse the gradients dY_t; products whose results are added, as an
 LSTM's of its input and its last output, share one stack. Formats are the same at all steps unless this
 training step measures: then each step of the loop has chosen its own, and the sum runs over the steps.
+Where dY is rounded at random, dW has draws of its own.
 """
 
 from collections import Counter
@@ -20,9 +21,9 @@ from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 from jax_apt import _jax_versions as versions
 from jax_apt.fixed_point import Fixed
-from jax_apt.ops import DY, Site, X, product_without_weight_gradient
+from jax_apt.ops import DY, Site, X, product_without_weight_gradient, quantize_gradient
 from jax_apt.plan import Plan, QuantizedProduct
-from jax_apt.products import PRODUCTS, Operand, Program, Programs, quantize_operand, run, trace_programs
+from jax_apt.products import PRODUCTS, Operand, Program, Programs, run, trace_programs
 
 # Which products
 
@@ -120,7 +121,7 @@ class Loop(NamedTuple):
     """A scan that `differentiate_later` runs."""
 
     run: Callable  # (weights, values, formats, probes) -> (outputs, codes by product)
-    gradient: Callable  # (product, its codes, cotangents of its probe) -> dW
+    gradient: Callable  # (product, its codes, cotangents of its probe, formats) -> dW
     probes: dict[int, tuple]  # product -> shapes of its probe
     weight_of: dict[int, int]  # product -> number of its weight
 
@@ -151,15 +152,15 @@ def differentiate_later(loop: Loop, weights: list, values: list, formats) -> lis
         first = find_equal_gradients(of_perturbed, perturbed, probes)
         probes = {i: probe if first[i] == i else (None, probe[1]) for i, probe in probes.items()}
         out, pullback, codes = jax.vjp(of_perturbed, perturbed, probes, has_aux=True)
-        return out, (pullback, codes, first)
+        return out, (pullback, codes, first, formats)
 
     def backward(residuals, cotangents):
-        pullback, codes, first = residuals
+        pullback, codes, first, formats = residuals
         perturbed, probes = pullback([_instantiated(c) for c in cotangents])
         gradients: list = [None] * len(weights)
         for i, number in loop.weight_of.items():
             probe = probes[first[i]][0], probes[i][1]
-            gradient = loop.gradient(i, codes[i], probe).astype(weights[number].dtype)
+            gradient = loop.gradient(i, codes[i], probe, formats).astype(weights[number].dtype)
             earlier = gradients[number]
             gradients[number] = gradient if earlier is None else earlier + gradient
         return gradients, [perturbed.get(i) for i in range(len(values))], None
@@ -249,13 +250,16 @@ def _is_hashable(key) -> bool:
 # The weight gradient over all steps
 
 
-def weight_gradient(site: Site, codes: tuple[Fixed, Array], probe: tuple[Array, Array]) -> Array:
+def weight_gradient(
+    site: Site, codes: tuple[Fixed, Array], probe: tuple[Array, Array], training_step: Array
+) -> Array:
     """Sum over steps of X_t^T . dY_t.
 
     Args:
       site: the product of one step.
       codes: of X, and how many values were NaN or infinite; a leading axis of steps in every array.
       probe: cotangents: float32 dY (steps, *shape of y), and (steps, 2) bits and exponent.
+      training_step: int32 scalar, of random rounding.
 
     Returns:
       float32, shape of W. The exact sum rounded once, if all steps have the same formats.
@@ -275,7 +279,7 @@ def weight_gradient(site: Site, codes: tuple[Fixed, Array], probe: tuple[Array, 
         shapes = (_weight_shape(site), x_shape) if site.is_weight_lhs else (x_shape, _weight_shape(site))
         program = _weight_program(site.is_weight_lhs, trace_programs(eqn, *shapes))
         value = join_dy(dy)
-        operand = quantize_operand(value, bits[0], exponents[0], site.widths[DY], site.backend)
+        operand = quantize_gradient(site, value, bits[0], exponents[0], training_step)
         return run(program, joined, operand, site.backend)
 
     def step_by_step():
@@ -283,7 +287,7 @@ def weight_gradient(site: Site, codes: tuple[Fixed, Array], probe: tuple[Array, 
 
         def add(total, step):
             codes, formats, dy, nonfinite = step
-            operand = quantize_operand(dy, formats[2], formats[3], site.widths[DY], site.backend)
+            operand = quantize_gradient(site, dy, formats[2], formats[3], training_step)
             x_t = Operand(Fixed(codes, formats[0], formats[1]), x_widths, nonfinite)
             return total + run(program, x_t, operand, site.backend), None
 

@@ -22,7 +22,7 @@ from jax_apt import _jax_versions as versions
 from jax_apt.config import Backend, Config, Rule, check_backend
 from jax_apt.derivatives import refuse_gradient, reverse_once
 from jax_apt.max_pool import max_pool
-from jax_apt.ops import Site, quantized_product
+from jax_apt.ops import DY, Site, quantized_product
 from jax_apt.plan import (
     MaxPool,
     Nested,
@@ -384,8 +384,7 @@ class _Replayer:
         return [*carry, *ys], codes
 
     def _can_defer(self, node: QuantizedProduct) -> bool:
-        layer = self.layers[node.layer]
-        return "dw" in layer.gemms and layer.rounding == "nearest"
+        return "dw" in self.layers[node.layer].gemms
 
     def _scan_over_time(self, eqn: JaxprEqn, node: Nested, inputs, sites: Sites, deferred: Deferred) -> list:
         """A scan over time whose weight gradients are computed after it."""
@@ -401,8 +400,9 @@ class _Replayer:
             given = dict(zip(deferred.weights, weights, strict=True))
             return self._run_scan(eqn, node, inputs, inner, given, probes)
 
-        def gradient(i, codes, probe):
-            return weight_gradient(products[i], codes, probe)
+        def gradient(i, codes, probe, formats):
+            training_step = formats[nodes[i].layer][DY, 3]
+            return weight_gradient(products[i], codes, probe, training_step)
 
         loop = Loop(
             run=run,
