@@ -25,8 +25,8 @@ from jax_apt.zoo.trainer import Trainer, settings_for
 def variants(layer: str) -> dict[str, list[apt.Rule]]:
     """Rules before those of the comparison, by name."""
     return {
-        "APT": [],
-        f"{layer}: gradient at 16 bits": [apt.Rule(layer, grads=16)],
+        "APT, rounded to nearest": [],
+        f"{layer}: gradient at 16 bits": [apt.Rule(layer, grads=16, rounding="nearest")],
         f"{layer}: gradient rounded at random": [apt.Rule(layer, rounding="stochastic")],
     }
 
@@ -35,7 +35,7 @@ def train(trainer: Trainer, layer: str, seed: int, name: str, rules: list[apt.Ru
     """A row: score, losses, and the layer's formats at the end."""
     settings = trainer.settings
     config = adaptive_config(settings, trainer.steps_per_epoch)
-    trainer.add(name, adaptive(trainer.forward, VARIANTS["apt"], config, settings.backend, rules))
+    trainer.add(name, adaptive(trainer.forward, VARIANTS["apt-nearest"], config, settings.backend, rules))
     result = trainer.run(seed, name, lambda: None)
     matching = [apt.Rule(layer).hits(entry["name"], "", None) for entry in result["report"]["layers"]]
     if sum(matching) != 1:

@@ -134,7 +134,8 @@ class Rule:
       gemms: which of the layer's three products run in fixed point: "fwd" (the forward one), "dx" (the
         gradient of the activation) and "dw" (that of the weight). The others are JAX's own float32
         products of the operands as they were before quantization.
-      rounding: of the activation gradients, "nearest" (ties to even) or "stochastic" (unbiased).
+      rounding: of the activation gradients, "stochastic" (at random, unbiased; drawn per layer and step, so
+        that a run repeats) or "nearest" (ties to even, as the method was published).
       primitive: name of the primitive that the layer must be, for example "conv_general_dilated"; None:
         any.
       shape: shape that the layer's weight must have, None for a dimension that may have any size, for
@@ -152,7 +153,7 @@ class Rule:
     backend: Backend | None = None
     quantize: bool = True
     gemms: tuple[str, ...] = GEMMS
-    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
     primitive: str | None = None
     shape: tuple[int | None, ...] | None = None
 

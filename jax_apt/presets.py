@@ -1,11 +1,12 @@
 """Rules of published variants of low-bit training, to pass to `apt_quantize`.
 
-uniform_int8            8 bits everywhere
-uniform_int16           16 bits everywhere
+published               Zhang et al., arXiv 1911.00361, to the letter: gradients rounded to nearest
+uniform_int8            8 bits everywhere, rounded to nearest
+uniform_int16           16 bits everywhere, rounded to nearest
 forward_only            the forward product alone; gradients are float32's
 stochastic_gradients    8 bits, gradients rounded stochastically
-float_weight_gradient   8 bits, the weight gradient in float: SwitchBack's choice, Wortsman et al.,
-                        arXiv 2304.13013, with one scale per tensor
+float_weight_gradient   8 bits, rounded to nearest, the weight gradient in float: SwitchBack's choice,
+                        Wortsman et al., arXiv 2304.13013, with one scale per tensor
 """
 
 import re
@@ -15,11 +16,12 @@ from jax_apt.config import Rule
 from jax_apt.transform import apt_quantize
 
 PRESETS: dict[str, tuple[Rule, ...]] = {
-    "uniform_int8": (Rule(acts=8, weights=8, grads=8),),
-    "uniform_int16": (Rule(acts=16, weights=16, grads=16),),
+    "published": (Rule(rounding="nearest"),),
+    "uniform_int8": (Rule(acts=8, weights=8, grads=8, rounding="nearest"),),
+    "uniform_int16": (Rule(acts=16, weights=16, grads=16, rounding="nearest"),),
     "forward_only": (Rule(gemms=("fwd",)),),
     "stochastic_gradients": (Rule(grads=8, rounding="stochastic"),),
-    "float_weight_gradient": (Rule(grads=8, gemms=("fwd", "dx")),),
+    "float_weight_gradient": (Rule(grads=8, gemms=("fwd", "dx"), rounding="nearest"),),
 }
 
 

@@ -65,7 +65,7 @@ class Report:
             if x.gemms != GEMMS
         ]
         lines += [
-            f"{x.name}: gradients rounded at random" for x in self.layout.layers if x.rounding != "nearest"
+            f"{x.name}: gradients rounded to nearest" for x in self.layout.layers if x.rounding == "nearest"
         ]
         lines += [f"left in float: {x.name} ({x.primitive}): {x.reason}" for x in self.layout.left_in_float]
         lines += [f"replaced: {x.name} ({x.primitive}): {x.by}" for x in self.layout.replaced]

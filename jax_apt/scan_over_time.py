@@ -21,7 +21,7 @@ from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 from jax_apt import _jax_versions as versions
 from jax_apt.fixed_point import Fixed
-from jax_apt.ops import DY, Site, X, product_without_weight_gradient, quantize_gradient
+from jax_apt.ops import Site, X, product_without_weight_gradient, quantize_gradient
 from jax_apt.plan import Plan, QuantizedProduct
 from jax_apt.products import PRODUCTS, Operand, Program, Programs, run, trace_programs
 

@@ -15,7 +15,7 @@ import jax_apt as apt
 from jax_apt import xla_ops
 
 BACKEND = sys.argv[1]
-RULE = apt.Rule("", grads=apt.Adaptive(8, 16))
+WIDTHS = apt.Adaptive(8, 16)
 COLUMNS, ROWS = P(None, "model"), P("model", None)
 SPLIT = {"a": {"kernel": COLUMNS}, "b": {"kernel": ROWS}}
 FIELDS = ("bits", "exponent", "next_update", "updates", "range_average", "nonfinite")
@@ -47,10 +47,13 @@ def explicit(p, x):
 
 
 class Steps:
-    """A compiled training step; an outlier in `scale` widens some gradients."""
+    """A compiled training step; an outlier in `scale` widens some gradients.
 
-    def __init__(self, fn, p, x, scale):
-        q = apt.apt_quantize(fn, [RULE], backend=BACKEND)
+    Under `jit` any number of devices draws the same random roundings; in a `shard_map` each draws its own.
+    """
+
+    def __init__(self, fn, p, x, scale, rounding="stochastic"):
+        q = apt.apt_quantize(fn, [apt.Rule(grads=WIDTHS, rounding=rounding)], backend=BACKEND)
         loss = apt.value_and_grad(lambda p, s, x: jnp.sum(q.apply(p, s, x) * scale), q)
         self.state = q.init(p, x)
         self.compiled = jax.jit(loss).lower(p, self.state, x).compile()
@@ -97,7 +100,7 @@ def normal(*shapes):
 
 def in_shard_map(p, x, scale):
     with_nan = p | {"b": {"kernel": p["b"]["kernel"].at[1, 1].set(jnp.nan)}}
-    steps = Steps(network, p, x, scale)
+    steps = Steps(network, p, x, scale, "nearest")
     one, one_nan = steps(p, x), steps(with_nan, x)
     assert one[2].bits.tolist() != [8] * 6  # something was widened
     assert one_nan[2].nonfinite.tolist()[3:] == [0, 1, 0]  # x, w and dy of the second layer
@@ -110,7 +113,7 @@ def in_shard_map(p, x, scale):
     }
     for name, (fn, devices, inputs, outputs, is_typed) in ways.items():
         mapped = jax.shard_map(fn, mesh=devices, in_specs=inputs, out_specs=outputs, check_vma=is_typed)
-        steps = Steps(mapped, p, x, scale)
+        steps = Steps(mapped, p, x, scale, "nearest")
         check(name, steps(p, x), one)
         if is_typed:
             np.testing.assert_array_equal(steps(with_nan, x)[2].nonfinite, one_nan[2].nonfinite)

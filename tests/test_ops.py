@@ -61,7 +61,7 @@ def test_equals_the_float64_computation_on_quantized_values(fn, bits, backend):
     rng = np.random.default_rng(0)
     w, x = (rng.standard_normal(shape).astype(np.float32) for shape in CASES[fn])
     dy = rng.standard_t(3, jax.eval_shape(fn, w, x).shape).astype(np.float32)
-    rule = apt.Rule("", acts=bits[0], weights=bits[1], grads=bits[2])
+    rule = apt.Rule("", acts=bits[0], weights=bits[1], grads=bits[2], rounding="nearest")
     q = apt.apt_quantize(fn, [rule], backend=backend)
     state = q.init(w, x)
 
@@ -121,7 +121,8 @@ def test_a_step_uses_the_width_that_it_chooses(measure):
     """Gradients of a heavy-tailed loss go to more than 8 bits in the very first step."""
     w, x = jnp.eye(16), jnp.ones((64, 16))
     heavy = np.random.default_rng(0).lognormal(0, 3, (64, 16)).astype(np.float32)
-    q = apt.apt_quantize(matmul, config=apt.Config(measure=measure), backend="xla")
+    rule, config = apt.Rule(rounding="nearest"), apt.Config(measure=measure)
+    q = apt.apt_quantize(matmul, [rule], config=config, backend="xla")
     loss = apt.value_and_grad(lambda w, s, dy: jnp.sum(q.apply(w, s, x) * dy), q)
     _, grads, state = jax.jit(loss)(w, q.init(w, x), heavy)
     bits = int(state["parameter"]["dy"].bits)

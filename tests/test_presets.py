@@ -12,9 +12,10 @@ def normal(seed, *shape):
 
 ALL = ("fwd", "dx", "dw")
 EXPECTED = {
+    "published": (((8,), (8,), (8, 16, 24)), ALL, "nearest"),
     "uniform_int8": (((8,),) * 3, ALL, "nearest"),
     "uniform_int16": (((16,),) * 3, ALL, "nearest"),
-    "forward_only": (((8,), (8,), (8, 16, 24)), ("fwd",), "nearest"),
+    "forward_only": (((8,), (8,), (8, 16, 24)), ("fwd",), "stochastic"),
     "stochastic_gradients": (((8,),) * 3, ALL, "stochastic"),
     "float_weight_gradient": (((8,),) * 3, ("fwd", "dx"), "nearest"),
 }

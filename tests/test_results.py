@@ -57,11 +57,12 @@ def test_a_readme_without_marks_is_refused(benchmark):
         benchmark.with_table("# nothing", benchmark.newest())
 
 
-def test_the_page_of_results_is_that_of_the_kept_runs():
+@pytest.mark.parametrize("page", ["docs/results.md", "README.md"])
+def test_the_page_of_results_is_that_of_the_kept_runs(page):
     from jax_apt.zoo import tables
     from jax_apt.zoo.compare import finished_entries
 
     folder = ROOT / "benchmarks" / "results" / "networks"
     entries = finished_entries(folder / "runs", across_versions=True)
-    page = (ROOT / "docs" / "results.md").read_text()
-    assert entries and tables.put(tables.markdown(entries) + tables.describe_origins(entries), page) == page
+    text = (ROOT / page).read_text()
+    assert entries and tables.put(entries, text) == text

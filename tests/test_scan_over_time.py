@@ -119,11 +119,12 @@ def test_all_backends_give_the_same_gradient(fn, rounding):
 
 
 def test_it_is_the_sum_over_the_steps():
-    expected = gradients(used_elsewhere, "xla")
+    rules = [apt.Rule(rounding="nearest")]  # at random, the loop and what is after it draw apart
+    expected = gradients(used_elsewhere, "xla", rules=rules)
     for fn in (recurrent, made_in_the_loop, weight_first):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6),
-            gradients(fn, "xla"),
+            gradients(fn, "xla", rules=rules),
             expected,
         )
 
@@ -202,7 +203,7 @@ def test_equal_gradients_are_stacked_once(fn, params, shared, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_random_rounding_is_drawn_per_step_and_unbiased(backend):
-    """At 4 bits, 500 times the same gradient: rounded to nearest its error stays, at random it averages out."""
+    """At 4 bits, 500 times the same gradient: to nearest its error stays, at random it averages out."""
     exact = jax.grad(lambda params: jnp.sum(recurrent(params, XS) ** 2))(PARAMS)
     errors = {}
     for rounding in ("nearest", "stochastic"):

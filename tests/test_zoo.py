@@ -311,6 +311,11 @@ def test_results_command_writes_the_table_between_marks(tmp_path, capsys):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert tables.markdown(finished_entries(tmp_path / "runs")) in text
     assert json.loads((tmp_path / "results.json").read_text())["networks"][0]["name"] == "mlp"
+    readme = tmp_path / "readme.md"
+    readme.write_text("<!-- networks in brief -->\n<!-- end of networks -->\n")
+    assert cli.main(["results", str(tmp_path), "--into", str(readme), "--into", str(page)]) == 0
+    assert "| mlp | digits (top-1) | 90.50 | 90.00 | -0.50 [-6.85, +5.85] (2) | - |" in readme.read_text()
+    assert page.read_text() == text
     page.write_text("no marks")
     assert cli.main(["results", str(tmp_path), "--into", str(page)]) == 2
     assert cli.main(["results", str(tmp_path / "none")]) == 2

@@ -183,12 +183,12 @@ def test_precisions_differ_in_the_gradients():
             bits = int(after[layer.name]["dy"].bits)
             found[name] = layer.widths[2], layer.rounding, bits
     assert found == {
-        "apt": ((8, 16, 24), "nearest", 8),
-        "apt-0.01": ((8, 16, 24), "nearest", 16),
-        "apt-random": ((8, 16, 24), "stochastic", 8),
-        "apt-14": ((8, 14, 16, 24), "nearest", 8),
-        "int8": ((8,), "nearest", 8),
-        "int16": ((16,), "nearest", 16),
+        "apt": ((8, 16, 24), "stochastic", 8),
+        "apt-nearest": ((8, 16, 24), "nearest", 8),
+        "apt-nearest-0.01": ((8, 16, 24), "nearest", 16),
+        "apt-14": ((8, 14, 16, 24), "stochastic", 8),
+        "int8": ((8,), "stochastic", 8),
+        "int16": ((16,), "stochastic", 16),
     }
 
 

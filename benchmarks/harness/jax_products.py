@@ -80,7 +80,7 @@ def _blocking(function: Callable) -> Callable[[], Any]:
 def _apt(case: dict, acts: int, weights: int, grads: int) -> tuple[Calls, dict]:
     x, w, dy = map(jnp.asarray, arrays(case))
     function = _function(case)
-    rule = apt.Rule(acts=acts, weights=weights, grads=grads)
+    rule = apt.Rule(acts=acts, weights=weights, grads=grads, rounding="nearest")
     q = apt.apt_quantize(lambda params, x: function(params["w"], x), [rule])
     state = _measured_state(q, w, x, dy)
     case = case | {"passes": APT[f"apt-{acts}-{weights}-{grads}"]}

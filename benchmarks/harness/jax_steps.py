@@ -155,7 +155,8 @@ def _apt(case: dict, grads: str) -> tuple[Calls, dict]:
     grads = grads.removesuffix("-products")
     is_adaptive = grads in ("adaptive", "random")
     rounding = "stochastic" if grads == "random" else "nearest"
-    rules = [apt.Rule(rounding=rounding) if is_adaptive else apt.Rule(grads=int(grads))]
+    widths = {} if is_adaptive else {"grads": int(grads)}
+    rules = [apt.Rule(rounding=rounding, **widths)]
     config = apt.Config(steps_per_epoch=1000, initial_fraction=_INITIAL_STEPS / 1000)
     q = apt.apt_quantize(_model(module_of(case)), rules, config=config)
     params, others = _variables(case)

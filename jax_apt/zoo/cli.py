@@ -74,7 +74,13 @@ def _add_results(commands) -> None:
     )
     add = results.add_argument
     add("folder", type=pathlib.Path, metavar="FOLDER", help="of a comparison")
-    add("--into", type=pathlib.Path, default=argparse.SUPPRESS, help="file whose marked table is replaced")
+    add(
+        "--into",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        help="file whose marked table is replaced; may be repeated",
+    )
     add("--pictures", type=pathlib.Path, help="folder to draw a picture per network to")
     add(
         "--across-versions",
@@ -149,8 +155,9 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         choices=ALL_PRECISIONS,
         action="append",
         default=argparse.SUPPRESS,
-        help="beside float32 and apt; may be repeated; apt-0.01: with that threshold; apt-random: gradients "
-        "rounded at random; apt-14: widths 8, 14, 16, 24; int8, int16: gradients of that one width",
+        help="beside float32 and apt; may be repeated; apt-nearest: gradients rounded to nearest, as "
+        "published; apt-nearest-0.01: with that threshold too; apt-14: widths 8, 14, 16, 24; int8, int16: "
+        "gradients of that one width",
     )
     add("--seeds", type=_positive, default=5, help="pairs of runs per network")
     hyper: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -363,11 +370,11 @@ def _results(options: argparse.Namespace, _: str) -> int:
         options.pictures.mkdir(parents=True, exist_ok=True)
         for entry in entries:
             figures.draw(entry, options.pictures / f"{entry['name']}.png")
-    if hasattr(options, "into"):
+    for page in options.into:
         try:
-            write_whole(options.into, tables.put(text, options.into.read_text()))
+            write_whole(page, tables.put(entries, page.read_text()))
         except (OSError, ValueError) as error:
-            return _fail(f"jax-apt results: error: argument --into: {error}")
+            return _fail(f"jax-apt results: error: argument --into: {page}: {error}")
     print(text)
     return 0
 

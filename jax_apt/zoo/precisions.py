@@ -31,17 +31,17 @@ class Settings:
 
 
 class Variant(NamedTuple):
-    """In what a precision differs from the method as published."""
+    """In what a precision differs from the library's default."""
 
     widths: tuple[int, ...] | None = None  # of the gradients; None: those of the settings
     threshold: float = apt.Config.threshold
-    rounding: Literal["nearest", "stochastic"] = "nearest"  # of the gradients
+    rounding: Literal["nearest", "stochastic"] = "stochastic"  # of the gradients
 
 
 VARIANTS = {
     "apt": Variant(),
-    "apt-0.01": Variant(threshold=0.01),
-    "apt-random": Variant(rounding="stochastic"),
+    "apt-nearest": Variant(rounding="nearest"),
+    "apt-nearest-0.01": Variant(rounding="nearest", threshold=0.01),
     "int8": Variant((8,)),
     "apt-14": Variant((8, 14, 16, 24)),
     "int16": Variant((16,)),
@@ -51,8 +51,8 @@ ALL_PRECISIONS = ("float32", *VARIANTS)
 LABELS = {
     "float32": "float32",
     "apt": "APT",
-    "apt-0.01": "APT, threshold 0.01",
-    "apt-random": "APT, gradients rounded at random",
+    "apt-nearest": "APT, gradients rounded to nearest (as published)",
+    "apt-nearest-0.01": "APT, rounded to nearest, threshold 0.01",
     "apt-14": "APT 8/14/16/24",
     "int8": "int8 gradients",
     "int16": "int16 gradients",

@@ -9,6 +9,7 @@ from jax_apt.zoo.compare import gradient_interval, gradient_shares, overall
 from jax_apt.zoo.precisions import LABELS
 
 TENSORS = {"x": "X", "w": "W", "dy": "dY"}
+NEAREST = "apt-nearest"
 WIDTH = 110  # characters, where standard output is no terminal
 
 
@@ -69,12 +70,16 @@ def others_table(entries: list[dict[str, Any]]) -> Table:
 
 def summary_lines(entries: list[dict[str, Any]]) -> list[str]:
     """Mean over the networks, where there are several."""
-    if len(entries) < 2:
-        return []
-    return [
-        f"{LABELS[name]} - float32, mean over {each['networks']} networks: {format_difference(each)} points"
+    return list(_means(entries).values()) if len(entries) > 1 else []
+
+
+def _means(entries: list[dict[str, Any]]) -> dict[str, str]:
+    """By precision."""
+    return {
+        name: f"{LABELS[name]} - float32, mean over {each['networks']} networks: "
+        f"{format_difference(each)} points"
         for name, each in overall(entries).items()
-    ]
+    }
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
@@ -85,8 +90,32 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     head += ["within"] + [f"dY at int{width}" for width in widths] + ["update every", "step, APT : float32"]
     head += [f"{LABELS[name]} - float32" for name in others]
     rows = [_markdown_row(entry, widths, others) for entry in entries]
+    return _markdown_table(head, rows) + "".join(f"- {line}\n" for line in summary_lines(entries))
+
+
+def brief_markdown(entries: list[dict[str, Any]]) -> str:
+    """Scores and their differences alone."""
+    head = ["network", "task (score)", "float32", "APT", "APT - float32 [95 % CI] (pairs)"]
+    head += [f"{LABELS[NEAREST]} - float32"]
+    rows = [
+        [
+            entry["name"],
+            f"{entry['task']} ({entry['metric']})",
+            f"{entry['float32']:.2f}",
+            f"{entry['apt']:.2f}",
+            _markdown_other(entry),
+            _markdown_other(entry["others"].get(NEAREST)),
+        ]
+        for entry in entries
+    ]
+    kept = ("apt", NEAREST)
+    means = [line for name, line in _means(entries).items() if name in kept]
+    return _markdown_table(head, rows) + "".join(f"- {line}\n" for line in means)
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in summary_lines(entries))]) + "\n"
+    return "\n".join([*lines, "", ""])
 
 
 def _markdown_row(entry: dict[str, Any], widths: list[str], others: list[str]) -> list[str]:
@@ -105,16 +134,24 @@ def _spread(entry: dict[str, Any]) -> str:
 
 def describe_origin(command: str, environment: dict[str, Any]) -> str:
     """A line on the command, the machine and the versions."""
+    return f"{_origin(command, environment)}; code {environment['jax_apt']['digest']}\n"
+
+
+def _origin(command: str, environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     machine = f"{environment['cpu']}, {environment['cores']} cores, {environment['isa']}"
-    return f"- `{command}`; {machine}; {versions}; code {environment['jax_apt']['digest']}\n"
+    return f"- `{command}`; {machine}; {versions}"
 
 
 def describe_origins(entries: list[dict[str, Any]]) -> str:
-    """A line for each machine and version that runs of finished entries come from."""
-    origins = [origin["environment"] for entry in entries for origin in entry["origins"]]
-    lines = [describe_origin("jax-apt compare", environment) for environment in origins]
-    return "".join(dict.fromkeys(lines))
+    """A line for each machine that runs of finished entries come from, with the versions of the code."""
+    codes: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        for origin in entry["origins"]:
+            environment = origin["environment"]
+            line = _origin("jax-apt compare", environment)
+            codes.setdefault(line, {})[environment["jax_apt"]["digest"]] = None
+    return "".join(f"{line}; code {', '.join(each)}\n" for line, each in codes.items())
 
 
 def _step_ratio(times: dict[str, Any]) -> str:
@@ -128,6 +165,7 @@ def _markdown_other(other: dict[str, Any] | None) -> str:
     return f"{format_difference(other['difference'])} ({len(other['difference']['each'])})"
 
 
+FULL, BRIEF = "networks", "networks in brief"  # marks of a table in a file
 PAPER_RANGE = (-1.40, 1.3)  # points; of the paper's networks
 
 
@@ -140,18 +178,20 @@ def describe_verdict(entry: dict[str, Any]) -> str:
     return "float32's spread" if is_within else "neither"
 
 
-MARKS = ("<!-- networks -->", "<!-- end of networks -->")
-
-
-def put(table: str, text: str) -> str:
-    """The text with what lies between its two marks replaced.
+def put(entries: list[dict[str, Any]], text: str) -> str:
+    """The text with what lies between its two marks replaced: all columns, or those of `brief_markdown`.
 
     Raises:
       ValueError: the marks are not there, each once.
     """
-    begin, end = MARKS
+    is_brief = BRIEF in text
+    begin, end = f"<!-- {BRIEF if is_brief else FULL} -->", f"<!-- end of {FULL} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"the file must have the marks {begin} and {end}, in this order, once each")
+        raise ValueError(
+            f"the file must have the marks <!-- {FULL} --> (or <!-- {BRIEF} -->) and {end}, in this order, "
+            "once each"
+        )
+    table = brief_markdown(entries) if is_brief else markdown(entries) + describe_origins(entries)
     return text[: text.index(begin) + len(begin)] + f"\n\n{table}\n" + text[text.index(end) :]
 
 
