@@ -156,8 +156,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=argparse.SUPPRESS,
         help="beside float32 and apt; may be repeated; apt-nearest: gradients rounded to nearest, as "
-        "published; apt-nearest-0.01: with that threshold too; apt-14: widths 8, 14, 16, 24; int8, int16: "
-        "gradients of that one width",
+        "published; apt-14: widths 8, 14, 16, 24; int8, int8-nearest, int16: gradients of that one width",
     )
     add("--seeds", type=_positive, default=5, help="pairs of runs per network")
     hyper: dict[str, Any] = {"default": argparse.SUPPRESS}

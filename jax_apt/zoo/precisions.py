@@ -1,7 +1,7 @@
 """The precisions that are compared: all in which the runs of a pair differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,15 +34,14 @@ class Variant(NamedTuple):
     """In what a precision differs from the library's default."""
 
     widths: tuple[int, ...] | None = None  # of the gradients; None: those of the settings
-    threshold: float = apt.Config.threshold
     rounding: Literal["nearest", "stochastic"] = "stochastic"  # of the gradients
 
 
 VARIANTS = {
     "apt": Variant(),
     "apt-nearest": Variant(rounding="nearest"),
-    "apt-nearest-0.01": Variant(rounding="nearest", threshold=0.01),
     "int8": Variant((8,)),
+    "int8-nearest": Variant((8,), "nearest"),
     "apt-14": Variant((8, 14, 16, 24)),
     "int16": Variant((16,)),
 }
@@ -52,9 +51,9 @@ LABELS = {
     "float32": "float32",
     "apt": "APT",
     "apt-nearest": "APT, gradients rounded to nearest (as published)",
-    "apt-nearest-0.01": "APT, rounded to nearest, threshold 0.01",
     "apt-14": "APT 8/14/16/24",
     "int8": "int8 gradients",
+    "int8-nearest": "int8 gradients rounded to nearest",
     "int16": "int16 gradients",
 }
 
@@ -102,7 +101,6 @@ def adaptive(
     """The function in adaptive fixed point; its state is an `AptState`. The rules go before that for all."""
     widths = variant.widths or Settings.widths
     rules = [*rules, apt.Rule("", grads=apt.Adaptive(*widths), rounding=variant.rounding)]
-    config = replace(config, threshold=variant.threshold)
     quantized = apt.apt_quantize(apply, rules, config=config, backend=backend)
     return Precision(
         quantized.init,
