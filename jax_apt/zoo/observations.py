@@ -9,8 +9,9 @@
 """
 
 import functools
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy import stats
 
 import jax_apt as apt
@@ -28,7 +30,7 @@ from jax_apt.config import MEASURES
 from jax_apt.qem import measure_error
 from jax_apt.zoo.compare import gradient_shares
 from jax_apt.zoo.figures import WIDTH_COLORS, ranges
-from jax_apt.zoo.precisions import Precision, Settings
+from jax_apt.zoo.precisions import LABELS, Precision, Settings
 from jax_apt.zoo.steps import make_forward, make_step
 from jax_apt.zoo.trainer import Trainer
 
@@ -43,7 +45,8 @@ def correlate_errors(
 ) -> dict[str, Any]:
     """Does the error of a gradient, measured in float32 training, foretell the score of quantizing it?
 
-    Trains once in float32; then once per layer and width with that layer's gradient alone at that width.
+    Trains once in float32; then once per layer and width with that layer's gradient alone at that width,
+    rounded to nearest: that is whose error the measures are of.
 
     Returns:
       "points": "layer", "bits", the score's "loss" in points and each measure's value; "rank_correlation"
@@ -151,8 +154,9 @@ def _step_with_one_gradient(trainer: Trainer, settings: Settings, layer: str) ->
 
     No error lies above the threshold, so that no update leaves that width, and one program serves all.
     """
+    grads = apt.Adaptive(*WIDTHS, EXACT)
     rules = [
-        apt.Rule(f"^{layer}$", acts=EXACT, weights=EXACT, grads=apt.Adaptive(*WIDTHS, EXACT)),
+        apt.Rule(f"^{layer}$", acts=EXACT, weights=EXACT, grads=grads, rounding="nearest"),
         apt.Rule("", quantize=False),
     ]
     config = apt.Config(steps_per_epoch=trainer.steps_per_epoch, initial_fraction=1.0, threshold=1e9)
@@ -175,14 +179,14 @@ def draw_ranges(entry: dict[str, Any], path: pathlib.Path) -> None:
     _color_by_width(by_layer, by_step, history)
     by_layer.set(xlabel="layer, in order", ylabel="log2 of the range of dY")
     by_layer.set_title("by layer (whiskers: 5 to 95 % of steps)", size=11)
-    ticks = np.unique(np.linspace(1, len(by_step), min(len(by_step), 15)).round().astype(int))
-    by_layer.set_xticks(ticks, ticks)
+    ticks = range(1, len(by_step) + 1, math.ceil(len(by_step) / 15))
+    by_layer.set_xticks(ticks, map(str, ticks))
     changes = np.abs(np.diff(np.array(by_step), axis=1)).mean(0)
     window = max(len(changes) // 50, 1)
     usable = len(changes) // window * window
     smooth = changes[:usable].reshape(-1, window).mean(1)
     over_time.step(np.arange(len(smooth)) * window, smooth, where="post")
-    over_time.set(xlabel="training step", ylabel="|change of log2 range| per step")
+    over_time.set(xlabel="training step", ylabel="|change of log2 range| per step", ylim=(0, None))
     over_time.set_title(f"over time (mean over {len(by_step)} layers)", size=11)
     figure.suptitle(f"{entry['name']} on {entry['task']}: ranges of gradients, seed 0")
     figure.savefig(path)
@@ -204,6 +208,7 @@ def draw_correlation(result: dict[str, Any], path: pathlib.Path) -> None:
     figure, axes = _figure(len(MEASURES))
     points = result["points"]
     layers = list(dict.fromkeys(point["layer"] for point in points))
+    losses = [point["loss"] for point in points]
     for axis, measure in zip(axes, MEASURES, strict=True):
         for layer in layers:
             own = [point for point in points if point["layer"] == layer]
@@ -211,9 +216,22 @@ def draw_correlation(result: dict[str, Any], path: pathlib.Path) -> None:
         rho = result["rank_correlation"][measure]
         axis.set_title(f"{measure.replace('_', ' ')}: rank correlation {rho:.2f}", size=11)
         axis.set(xlabel="Diff of the layer's gradient", ylabel="loss of score (points)", xscale="log")
+        axis.set_yscale("symlog", linthresh=1)  # linear within a point of float32
+        axis.set_ylim(min(losses) - 0.5, 1.5 * max(*losses, 1))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{result['network']}: one layer's gradient at {WIDTHS[0]} to {WIDTHS[-1]} bits")
     figure.savefig(path)
+
+
+COSTS = ("apt", "int8", "apt-nearest", "int8-nearest")
+
+
+def _differences(entry: dict[str, Any], precision: str) -> list[float]:
+    """Of each pair; none where the precision has not been trained."""
+    found = entry if precision == "apt" else entry["others"].get(precision)
+    return found["difference"]["each"] if found else []
 
 
 def draw_costs(entries: list[dict[str, Any]], path: pathlib.Path) -> bool:
@@ -221,15 +239,16 @@ def draw_costs(entries: list[dict[str, Any]], path: pathlib.Path) -> bool:
     entries = [entry for entry in entries if "int8" in entry["others"]]
     if not entries:
         return False
-    figure, (costs, shares) = _figure(2)
+    figure, (costs, shares) = _figure(2, width_ratios=(2, 1))
     place = np.arange(len(entries))
-    kinds = {"APT": lambda e: e["difference"], "int8 gradients": lambda e: e["others"]["int8"]["difference"]}
-    for i, (label, difference) in enumerate(kinds.items()):
-        each = [difference(entry)["each"] for entry in entries]
-        x = place + 0.2 * (2 * i - 1)
-        costs.bar(x, [np.mean(e) for e in each], 0.35, label=label)
+    kinds = [p for p in COSTS if any(_differences(entry, p) for entry in entries)]
+    for i, precision in enumerate(kinds):
+        x = place + 0.8 * ((i + 0.5) / len(kinds) - 0.5)
+        each = [_differences(entry, precision) for entry in entries]
+        means = [np.mean(values) if values else np.nan for values in each]
+        costs.bar(x, means, 0.7 / len(kinds), label=LABELS[precision])
         for at, values in zip(x, each, strict=True):
-            costs.plot([at] * len(values), values, "k.", ms=4)
+            costs.plot([at] * len(values), values, "k.", ms=3)
     costs.set(ylabel="points above float32")
     costs.axhline(0, color="black", lw=0.8)
     costs.set_title("difference from float32 (bars: mean, dots: seeds)", size=11)
@@ -244,10 +263,10 @@ def draw_costs(entries: list[dict[str, Any]], path: pathlib.Path) -> bool:
     return True
 
 
-def _figure(columns: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.6 * columns, 4), dpi=200, layout="constrained")
+def _figure(columns: int, width_ratios: Sequence[float] | None = None) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.6 * sum(width_ratios or [1] * columns), 4), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
+    axes = figure.subplots(1, columns, width_ratios=width_ratios)
     for axis in np.ravel(axes):
         axis.grid(alpha=0.3)
     return figure, axes
