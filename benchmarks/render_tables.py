@@ -33,8 +33,8 @@ _MEANS = (
 _STEPS = {"jax/apt-8": "int8 gradients", "jax/apt-16": "int16", "jax/apt-24": "int24"}
 _STEPS |= {
     "jax/qwix": "Qwix int8",
-    "jax/apt-adaptive": "widths by APT",
-    "jax/apt-random": "rounded at random",
+    "jax/apt-adaptive": "widths by APT, to nearest",
+    "jax/apt-random": "widths by APT, at random",
 }
 _RECOMPUTED = {"jax/apt-adaptive": "", "jax/apt-adaptive-products": ", products again"}  # of memory
 _ALLOCATORS = {"": "", "@tcmalloc_minimal": ", tcmalloc"}
