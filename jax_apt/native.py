@@ -85,6 +85,39 @@ def run_native(form: NativeForm, target: str, operands: dict[str, tuple[Fixed, A
     return out
 
 
+def can_quantize_gradient(form: NativeForm, target: str) -> bool:
+    """Whether `run_weight_gradient` has the product whose result is this tensor."""
+    return form.roles[target].name == "w" and form.geometry.is_matrices()
+
+
+def run_weight_gradient(
+    form: NativeForm, target: str, x: tuple[Fixed, Array], dy: Array, dy_format: Array, seed: int | None
+) -> Array:
+    """`run_native` of planes of X and a float32 dY, which is quantized where the kernel lays it out.
+
+    Args:
+      form: of the product; not sharded.
+      target: the weight, among TENSORS.
+      x: the number in limb planes, and how many of its values were NaN or infinite.
+      dy: float32.
+      dy_format: int32 (4,): bits, exponent, a number that is not read, and the training step.
+      seed: of random rounding; None: to nearest.
+    """
+    (source,) = (name for name in TENSORS if form.roles[name].name == "x")
+    number, nonfinite = x
+    planes = jax.vmap(form.roles[source].enter)(number.codes)
+    out = xla_ops.weight_gradient(
+        form.geometry,
+        planes,
+        (number.bits, number.exponent),
+        form.roles["out"].enter(dy),
+        dy_format,
+        nonfinite=nonfinite,
+        seed=seed,
+    )
+    return form.roles[target].leave(out)
+
+
 def _run_part(form: NativeForm, target: str, lhs: str, rhs: str, parts, a, b, *scalars) -> tuple[Array]:
     form = form.part(parts) if parts else form
     role = form.roles[target]

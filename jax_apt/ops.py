@@ -20,6 +20,7 @@ from jax.extend.core import jaxpr_as_fun
 from jax_apt import _jax_versions as versions
 from jax_apt.config import GEMMS, Config
 from jax_apt.fixed_point import Fixed, exponent_for, random_key, round_stochastically
+from jax_apt.native import can_quantize_gradient, run_weight_gradient
 from jax_apt.products import Operand, Program, Programs, adapt_operand, quantize_operand, run
 from jax_apt.qem import error_sums
 from jax_apt.qpa import Measurement, choose
@@ -223,14 +224,26 @@ def _quantized(
     return operand, measured._replace(nonfinite=_counted_once(operand.nonfinite, copied))
 
 
-def quantize_gradient(site: Site, value: Array, bits: Array, exponent: Array, step: Array) -> Operand:
-    """dY in a format that is chosen already, rounded as the site's rule says; `step`: the training step."""
-    widths = site.widths[DY]
-    if _is_random(site, DY) and _chooses_natively(site, DY, value):
-        formats = jnp.stack([bits, exponent, jnp.zeros_like(bits), step])[None]
-        return adapt_operand(value, formats, 0, widths, site.config, site.seed)[0]
-    value = _drawn(site, DY, value, exponent, step)
-    return quantize_operand(value, bits, exponent, widths, site.backend)
+def weight_product(site: Site, program: Program, x: Operand, dy: Array, dy_format: Array) -> Array:
+    """X^T . dY^ alone, of a dY that is rounded as the site's rule says.
+
+    Args:
+      site: the product.
+      program: (X, dY) -> dW.
+      x: quantized already.
+      dy: float32.
+      dy_format: int32 (4,): bits, exponent, 0, and the training step.
+    """
+    widths, seed = site.widths[DY], site.seed if _is_random(site, DY) else None
+    if _chooses_natively(site, DY, dy):
+        form, target = program.form, program.target
+        if form is not None and can_quantize_gradient(form, target):
+            return run_weight_gradient(form, target, (x.number, x.nonfinite), dy, dy_format, seed)
+        operand, _ = adapt_operand(dy, dy_format[None], 0, widths, site.config, seed)
+    else:
+        bits, exponent, _, step = dy_format
+        operand = quantize_operand(_drawn(site, DY, dy, exponent, step), bits, exponent, widths, site.backend)
+    return run(program, x, operand, site.backend)
 
 
 def _chooses_natively(site: Site, slot: int, value: Array) -> bool:

@@ -11,6 +11,7 @@ Where dY is rounded at random, dW has draws of its own.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +22,9 @@ from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 from jax_apt import _jax_versions as versions
 from jax_apt.fixed_point import Fixed
-from jax_apt.ops import Site, X, product_without_weight_gradient, quantize_gradient
+from jax_apt.ops import Site, X, product_without_weight_gradient, weight_product
 from jax_apt.plan import Plan, QuantizedProduct
-from jax_apt.products import PRODUCTS, Operand, Program, Programs, run, trace_programs
+from jax_apt.products import PRODUCTS, Operand, Program, Programs, trace_programs
 
 # Which products
 
@@ -156,7 +157,7 @@ def differentiate_later(loop: Loop, weights: list, values: list, formats) -> lis
 
     def backward(residuals, cotangents):
         pullback, codes, first, formats = residuals
-        perturbed, probes = pullback([_instantiated(c) for c in cotangents])
+        perturbed, probes = _begun_late(pullback, formats)([_instantiated(c) for c in cotangents])
         gradients: list = [None] * len(weights)
         for i, number in loop.weight_of.items():
             probe = probes[first[i]][0], probes[i][1]
@@ -167,6 +168,24 @@ def differentiate_later(loop: Loop, weights: list, values: list, formats) -> lis
 
     scanned.defvjp(forward, backward, symbolic_zeros=True)
     return scanned(weights, values, formats)
+
+
+def _begun_late(pullback: Callable, formats) -> Callable:
+    """The same, in a branch that is always taken; not inside a `shard_map`, where branches need equal types.
+
+    The stack of dY begins as zeros, which depend on nothing: XLA allocates them before the forward loop. In a
+    branch it cannot, and the stacks of the two loops are never in memory together.
+    """
+    bits = jax.tree.leaves(formats)[0][..., 0, 0]
+
+    def begun_late(cotangents):
+        if any(versions.varying_axes(c) for c in cotangents):
+            return pullback(cotangents)
+        shapes = jax.eval_shape(lambda: pullback(cotangents))
+        zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return lax.cond(jnp.min(bits) > 0, lambda: pullback(cotangents), zeros)
+
+    return begun_late
 
 
 def _instantiated(cotangent):
@@ -270,6 +289,9 @@ def weight_gradient(
     x_widths = tuple(dict.fromkeys(site.widths[X]))
     is_uniform = jnp.all(jnp.stack([jnp.all(f == f[0]) for f in formats]))
 
+    def dy_format(bits, exponent):
+        return jnp.stack([bits, exponent, jnp.zeros_like(bits), training_step])
+
     def together():
         eqn, x_shape, join_x, join_dy = _joined(site, dy.shape[0])
         is_planes = site.backend == "native"
@@ -278,18 +300,15 @@ def weight_gradient(
         joined = Operand(Fixed(codes, formats[0][0], formats[1][0]), x_widths, jnp.sum(nonfinite))
         shapes = (_weight_shape(site), x_shape) if site.is_weight_lhs else (x_shape, _weight_shape(site))
         program = _weight_program(site.is_weight_lhs, trace_programs(eqn, *shapes))
-        value = join_dy(dy)
-        operand = quantize_gradient(site, value, bits[0], exponents[0], training_step)
-        return run(program, joined, operand, site.backend)
+        return weight_product(site, program, joined, join_dy(dy), dy_format(bits[0], exponents[0]))
 
     def step_by_step():
         program = _weight_program(site.is_weight_lhs, site.programs)
 
         def add(total, step):
             codes, formats, dy, nonfinite = step
-            operand = quantize_gradient(site, dy, formats[2], formats[3], training_step)
             x_t = Operand(Fixed(codes, formats[0], formats[1]), x_widths, nonfinite)
-            return total + run(program, x_t, operand, site.backend), None
+            return total + weight_product(site, program, x_t, dy, dy_format(*formats[2:])), None
 
         steps = (number.codes, jnp.stack(formats, 1), dy, nonfinite)
         return lax.scan(add, jnp.zeros(_weight_shape(site), jnp.float32), steps)[0]

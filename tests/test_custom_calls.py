@@ -252,6 +252,101 @@ def test_vmapped_choices():
             np.testing.assert_array_equal(got[i], expected)
 
 
+# Weight gradients of float32 gradients
+
+
+def weight_gradient_in_two_calls(geometry, x, dy, format, seed, isa):
+    """`adapt`, then `product`."""
+    choice = xla_ops.Choice((8, 16, 24), "mean_magnitude", False, 0.02)
+    found = xla_ops.adapt(dy, format[None], 0, choice, seed=seed, isa=isa)
+    formats = (*int32(8, -3), found.bits, found.exponent)
+    bad = jnp.float32(0), found.nonfinite
+    return xla_ops.product("filter_gradient", geometry, x, found.planes, formats, nonfinite=bad, isa=isa)
+
+
+@each_isa
+@pytest.mark.parametrize("seed", [None, 2**32 - 5])
+@pytest.mark.parametrize("bits", [5, 8, 16, 24])
+def test_a_weight_gradient_quantizes_its_gradient(isa, bits, seed):
+    rng = np.random.default_rng(bits)
+    for geometry in (matrices(1, 1, 1), matrices(300, 33, 70), matrices(70, 5, 17, count=3)):
+        shapes = geometry.shapes()
+        x = jnp.asarray(planes_of(draw_codes(rng, shapes["x"], 8), 8))
+        dy = jnp.asarray(rng.standard_normal(shapes["y"]), jnp.float32)
+        format = int32(bits, 4 - bits, 0, 7)
+        expected = weight_gradient_in_two_calls(geometry, x, dy, format, seed, isa)
+        together = jax.jit(
+            lambda x, dy, f, g=geometry: xla_ops.weight_gradient(
+                g, x, tuple(int32(8, -3)), dy, f, seed=seed, isa=isa
+            )
+        )
+        np.testing.assert_array_equal(together(x, dy, format), expected)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_vmapped_weight_gradients(seed):
+    rng, geometry = np.random.default_rng(1), matrices(40, 6, 9, count=2)
+    shapes = geometry.shapes()
+    x = jnp.stack([jnp.asarray(planes_of(draw_codes(rng, shapes["x"], 8), 8)) for _ in range(3)])
+    dy = jnp.asarray(rng.standard_normal((3, *shapes["y"])), jnp.float32)
+    formats = int32([8, -6, 0, 1], [16, -9, 0, 1], [24, -20, 0, 2])
+
+    def gradient(x, dy, format):
+        return xla_ops.weight_gradient(geometry, x, tuple(int32(8, -3)), dy, format, seed=seed)
+
+    each = [
+        weight_gradient_in_two_calls(geometry, *args, seed, "auto")
+        for args in zip(x, dy, formats, strict=True)
+    ]
+    np.testing.assert_array_equal(jax.vmap(gradient)(x, dy, formats), jnp.stack(each))
+
+
+def test_weight_gradients_of_values_that_are_not_finite():
+    rng, geometry = np.random.default_rng(1), matrices(40, 6, 9, count=2)
+    shapes = geometry.shapes()
+    x = jnp.asarray(planes_of(draw_codes(rng, shapes["x"], 8), 8))
+    dy = rng.standard_normal(shapes["y"]).astype(np.float32)
+    dy[1, 0, 0, 0, 17, 4], dy[1, 0, 0, 0, 39, 8] = np.nan, -np.inf
+    out = xla_ops.weight_gradient(
+        geometry, x, tuple(int32(8, -3)), jnp.asarray(dy), int32(16, -9, 0, 1), seed=3
+    )
+    expected = np.zeros(shapes["w"], bool)
+    expected[1, ..., [4, 8]] = True
+    np.testing.assert_array_equal(np.isnan(out), expected)
+    marked = x.at[:, 0, 0, 0, 0, 3, 2].set(0)
+    out = xla_ops.weight_gradient(
+        geometry,
+        marked,
+        tuple(int32(8, -3)),
+        jnp.ones(shapes["y"]),
+        int32(8, -3, 0, 1),
+        nonfinite=jnp.float32(1),
+    )
+    expected = np.zeros(shapes["w"], bool)
+    expected[0, 0, 0, 0, 2] = True
+    np.testing.assert_array_equal(np.isnan(out), expected)
+
+
+def test_wrong_weight_gradients_are_refused():
+    geometry = matrices(4, 6, 9)
+    x, dy = jnp.zeros((1, *geometry.shapes()["x"]), jnp.uint8), jnp.zeros(geometry.shapes()["y"])
+    format = int32(8, 0, 0, 0)
+
+    def run(geometry=geometry, x=x, dy=dy, format=format, seed=None):
+        return xla_ops.weight_gradient(geometry, x, tuple(int32(8, 0)), dy, format, seed=seed)
+
+    with pytest.raises(ValueError, match="only of a product of matrices"):
+        run(convolution((4, 4), 6, 9, (3, 3), pad=(1, 1)))
+    with pytest.raises(ValueError, match=r"must have shapes .* got .*\(1, 1, 1, 1, 4, 8\)"):
+        run(dy=dy[..., :8])
+    with pytest.raises(TypeError, match="uint8, float32 and int32, got uint8, float16"):
+        run(dy=dy.astype(jnp.float16))
+    with pytest.raises(ValueError, match=r"seed must be in .* got 4294967296"):
+        run(seed=2**32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"bits must be in 2..24, got 25"):
+        run(format=int32(25, 0, 0, 0))
+
+
 # Errors
 
 

@@ -3,6 +3,7 @@
     quantize   float32 -> limb planes: byte i of (code + 2**(8 * limbs - 1)), limbs = ceil(bits / 8)
     adapt      the same in a format that is first chosen, where an update is due
     product    one of the three products of a convolution, or of a matrix product, of such planes
+    weight_gradient     of a matrix product, from planes and a float32 gradient that it quantizes itself
     max_pool_gradient   float32, as XLA computes it, in a tenth of the time
     barrier    its operand, in place; XLA does not know that, and takes it for a new value
 
@@ -31,6 +32,7 @@ from jax_apt.xla_ops.partitioning import partitioned
 _LIBRARY = pathlib.Path(__file__).with_name("libjax_apt_xla_ops.so")
 _TARGETS = (
     "jax_apt_product",
+    "jax_apt_weight_gradient",
     "jax_apt_quantize",
     "jax_apt_adapt",
     "jax_apt_max_pool_gradient",
@@ -200,8 +202,7 @@ def adapt(
         raise ValueError(f"adapt: formats must be (rows, 4) and have row {row}, got shape {formats.shape}")
     if choice.measure not in MEASURES or not 1 <= len(choice.widths) <= 23:
         raise ValueError(f"adapt: measure must be one of {', '.join(MEASURES)}, widths 1 to 23; got {choice}")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise ValueError(f"adapt: seed must be in 0..2**32 - 1, or None; got {seed!r}")
+    _check_seed("adapt", seed)
     widths = (len(choice.widths),)
     number, integer = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     results = (
@@ -217,7 +218,7 @@ def adapt(
         "measure": MEASURES.index(choice.measure),
         "is_restart": int(choice.is_restart),
         "limit": np.float32(choice.limit),
-        "seed": -1 if seed is None else seed,
+        "seed": _seed_attribute(seed),
     }
     return Adapted(*call(x, formats, **attributes, isa=isa))
 
@@ -255,6 +256,11 @@ class Geometry(NamedTuple):
             "w": (self.matrices, *self.window, inner, self.out_channels),
             "y": (self.matrices, self.batch, *self.outputs, self.out_channels),
         }
+
+    def is_matrices(self) -> bool:
+        """Whether this is a batch of matrix products, without groups."""
+        is_plain = self.window == self.stride == (1, 1, 1) and self.pad == (0, 0, 0)
+        return is_plain and self.inputs == self.outputs and self.groups == 1
 
     def numbers(self) -> np.ndarray:
         """As the custom call takes it."""
@@ -308,6 +314,70 @@ def product(
     )
     operands = lhs, *formats[:2], lhs_bad, rhs, *formats[2:], rhs_bad
     return call(*operands, kind=_KINDS.index(kind), geometry=geometry.numbers(), isa=isa)
+
+
+def weight_gradient(
+    geometry: Geometry,
+    x: Array,
+    x_format: tuple[Array, Array],
+    dy: Array,
+    dy_format: Array,
+    *,
+    nonfinite: Array | None = None,
+    seed: int | None = None,
+    isa: str = "auto",
+) -> Array:
+    """The filter gradient of a matrix product, of which dy is quantized on the way: no planes of it are kept.
+
+    The result is that of `product` on what `adapt` makes of dy with the same seed.
+
+    Args:
+      geometry: of a product of matrices without groups.
+      x: uint8 limb planes `(limbs, *shape)`, shape as `geometry.shapes()` has it.
+      x_format: int32 scalars, bits and exponent of x.
+      dy: float32, shape of y.
+      dy_format: int32 (4,): bits, exponent, a number that is not read, and the training step.
+      nonfinite: float32 scalar, how many values of x were not finite; None: none.
+      seed: as in `adapt`.
+      isa: instruction set, "auto" or one of `available_isas()`.
+
+    Returns:
+      float32, shape of w.
+
+    Raises:
+      ValueError: a shape, a seed or an ISA is wrong, or the geometry is not that of matrices.
+      TypeError: a dtype is wrong.
+      RuntimeError: the library is not available.
+    """
+    _check_isa(isa)
+    _check_seed("weight_gradient", seed)
+    shapes = geometry.shapes()
+    if not geometry.is_matrices():
+        raise ValueError(f"weight_gradient: only of a product of matrices, without groups; got {geometry}")
+    if x.shape[1:] != shapes["x"] or dy.shape != shapes["y"] or dy_format.shape != (4,):
+        raise ValueError(
+            f"weight_gradient: x, dy and dy_format must have shapes (limbs, *{shapes['x']}), {shapes['y']} "
+            f"and (4,), got {x.shape}, {dy.shape} and {dy_format.shape}"
+        )
+    if (x.dtype, dy.dtype, dy_format.dtype) != (jnp.uint8, jnp.float32, jnp.int32):
+        raise TypeError(
+            "weight_gradient: x, dy and dy_format must be uint8, float32 and int32, got "
+            f"{x.dtype}, {dy.dtype} and {dy_format.dtype}"
+        )
+    bad = jnp.float32(0) if nonfinite is None else nonfinite
+    result = jax.ShapeDtypeStruct(shapes["w"], jnp.float32)
+    call = jax.ffi.ffi_call("jax_apt_weight_gradient", result, vmap_method="broadcast_all")
+    attributes = {"geometry": geometry.numbers(), "seed": _seed_attribute(seed), "isa": isa}
+    return call(x, *x_format, bad, dy, dy_format, **attributes)
+
+
+def _check_seed(name: str, seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"{name}: seed must be in 0..2**32 - 1, or None; got {seed!r}")
+
+
+def _seed_attribute(seed: int | None) -> int:
+    return -1 if seed is None else seed
 
 
 def count_terms(attributes: Mapping[str, Any], rhs_shape: tuple[int, ...]) -> int:

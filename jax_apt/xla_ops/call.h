@@ -35,13 +35,22 @@ struct Call {
 
   // The i-th product; `lhs` and `rhs` hold planes, each of all matrices.
   Product At(int64_t i, const uint8_t* lhs, const uint8_t* rhs, const int32_t* formats, float* out) const {
+    Product product = At(i, lhs, static_cast<const Floats*>(nullptr), formats, out);
+    for (int limb = 0; limb < kMaxLimbs && limb < LimbCount(formats[2]); ++limb)
+      product.rhs.plane[limb] = rhs + (limb * matrices + i) * sizes().rhs;
+    return product;
+  }
+
+  // The same; `rhs` is that of this product alone.
+  Product At(int64_t i, const uint8_t* lhs, const Floats* rhs, const int32_t* formats, float* out) const {
     const Sizes size = sizes();
-    Product product{kind, geometry, {{}, formats[0], formats[1]}, {{}, formats[2], formats[3]}, nullptr};
-    for (int limb = 0; limb < kMaxLimbs; ++limb) {
-      if (limb < LimbCount(formats[0])) product.lhs.plane[limb] = lhs + (limb * matrices + i) * size.lhs;
-      if (limb < LimbCount(formats[2])) product.rhs.plane[limb] = rhs + (limb * matrices + i) * size.rhs;
-    }
-    product.out = out + i * size.out;
+    Product product{kind,
+                    geometry,
+                    {{}, formats[0], formats[1], nullptr},
+                    {{}, formats[2], formats[3], rhs},
+                    out + i * size.out};
+    for (int limb = 0; limb < kMaxLimbs && limb < LimbCount(formats[0]); ++limb)
+      product.lhs.plane[limb] = lhs + (limb * matrices + i) * size.lhs;
     return product;
   }
 

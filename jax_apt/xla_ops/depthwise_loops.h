@@ -1,6 +1,6 @@
 // Depthwise convolution: each channel has a filter of its own, so there is no matrix product to speak of.
 //
-// Included by product_loops.h inside each ISA unit's own anonymous namespace. All loops run along the
+// Included by unit.h inside each ISA unit's own anonymous namespace. All loops run along the
 // channels, which are neighbours in memory. A row of lhs is rewritten once as words of neighbours along the
 // row (depthwise_words.h) and held for all rows of the result that meet it:
 //

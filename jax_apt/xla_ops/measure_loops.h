@@ -1,6 +1,6 @@
 // Error measurement: the range of a tensor, and how far quantization moves it.
 //
-// Included by product_loops.h inside each ISA unit's own anonymous namespace. Sums are kept in float for each
+// Included by unit.h inside each ISA unit's own anonymous namespace. Sums are kept in float for each
 // lane over a short run, and the runs are added in double.
 
 constexpr int64_t kMeasuredRun = 1024;

@@ -1,6 +1,6 @@
 // Register blocks of the dot-product instructions of 64-bit Arm, 8 x 8.
 //
-// Included by the ISA units after product_loops.h, inside their anonymous namespaces.
+// Included by the ISA units after unit.h, inside their anonymous namespaces.
 //
 //                  rhs words, columns 0..3 | 4..7     2 registers: [column][4] bytes
 //   lhs row 0       sum00                  | sum01     8 registers: 16 bytes of a row, four words

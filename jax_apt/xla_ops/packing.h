@@ -1,6 +1,6 @@
 // Reading limb planes and laying them out for a micro-kernel: images of lhs, panels of rhs.
 //
-// Included by product_loops.h inside each ISA unit's own anonymous namespace (hence no include guard, no
+// Included by unit.h inside each ISA unit's own anonymous namespace (hence no include guard, no
 // system headers and no std:: templates), so that every unit compiles it with its own instructions.
 //
 // Kernels on bytes multiply bytes of lhs as they are in memory (0..255) by bytes of rhs less 128
@@ -162,12 +162,50 @@ inline void Transpose(const int16_t* in, int64_t pixels, int64_t channels, int16
 // A panel holds kNr columns of rhs: words [depth / kGroup][kNr], each the kGroup elements of a column that
 // one instruction multiplies and adds.
 
+// 32 bytes in two lanes, as processors have them; narrower ones take two registers.
+using Bytes32 = uint8_t __attribute__((vector_size(32)));
+using Halves16 = uint16_t __attribute__((vector_size(32)));
+
+// Within each lane the first halves, or the last, of a and b in turn.
+inline Bytes32 ZipFirst(Bytes32 a, Bytes32 b) {
+  return __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 16, 48, 17, 49,
+                                 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55);
+}
+inline Bytes32 ZipLast(Bytes32 a, Bytes32 b) {
+  return __builtin_shufflevector(a, b, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 24, 56,
+                                 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+}
+inline Halves16 ZipFirst(Halves16 a, Halves16 b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27);
+}
+inline Halves16 ZipLast(Halves16 a, Halves16 b) {
+  return __builtin_shufflevector(a, b, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
 // Four rows of bytes, or two of 16-bit elements, become one row of words.
 inline void Interleave(const uint8_t* const* row, int64_t columns, uint32_t* __restrict words) {
-  const uint8_t *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
-  for (int64_t c = 0; c < columns; ++c)
-    words[c] = (r0[c] | static_cast<uint32_t>(r1[c]) << 8 | static_cast<uint32_t>(r2[c]) << 16 |
-                static_cast<uint32_t>(r3[c]) << 24) ^
+  int64_t c = 0;
+  for (; c + 32 <= columns; c += 32) {
+    Bytes32 a[4];
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(&a[i], row[i] + c, sizeof(a[i])), a[i] ^= 0x80;
+    const auto first01 = reinterpret_cast<Halves16>(ZipFirst(a[0], a[1])),
+               last01 = reinterpret_cast<Halves16>(ZipLast(a[0], a[1])),
+               first23 = reinterpret_cast<Halves16>(ZipFirst(a[2], a[3])),
+               last23 = reinterpret_cast<Halves16>(ZipLast(a[2], a[3]));
+    const Halves16 zipped[4] = {ZipFirst(first01, first23), ZipLast(first01, first23),
+                                ZipFirst(last01, last23), ZipLast(last01, last23)};
+    for (int lane = 0; lane < 2; ++lane)
+      for (int i = 0; i < 4; i += 2) {
+        const Halves16 both = lane == 0 ? __builtin_shufflevector(zipped[i], zipped[i + 1], 0, 1, 2, 3, 4, 5,
+                                                                  6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+                                        : __builtin_shufflevector(zipped[i], zipped[i + 1], 8, 9, 10, 11, 12,
+                                                                  13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        __builtin_memcpy(words + c + 16 * lane + 4 * i, &both, sizeof(both));
+      }
+  }
+  for (; c < columns; ++c)
+    words[c] = (row[0][c] | static_cast<uint32_t>(row[1][c]) << 8 | static_cast<uint32_t>(row[2][c]) << 16 |
+                static_cast<uint32_t>(row[3][c]) << 24) ^
                0x80808080u;
 }
 
@@ -258,3 +296,18 @@ inline int64_t SumBytes(const uint8_t* bytes, int64_t count) {
 // Element whose digit is zero.
 constexpr uint8_t ZeroDigit(uint8_t) { return 128; }
 constexpr int16_t ZeroDigit(int16_t) { return 0; }
+
+// A row of words, kNr of them; `width` columns are there.
+template <class K, class Element>
+void InterleavePadded(const Element* const* row, int64_t width, uint32_t* words) {
+  const auto interleave = [=](int64_t columns) {
+    if constexpr (sizeof(Element) < sizeof(typename K::Lhs)) {
+      InterleaveBytes(row[0], row[1], columns, reinterpret_cast<typename K::Lhs*>(words));
+    } else {
+      Interleave(row, columns, words);
+    }
+  };
+  if (width == K::kNr) return interleave(K::kNr);
+  interleave(width);
+  for (int64_t c = width; c < K::kNr; ++c) words[c] = 0;
+}

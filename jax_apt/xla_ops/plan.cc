@@ -58,10 +58,19 @@ int64_t Depth(const Geometry& g, Kind kind) {
   }
 }
 
+bool IsProductOfMatrices(const Geometry& g) {
+  for (int d = 0; d < kSpace; ++d)
+    if (g.window[d] != 1 || g.stride[d] != 1 || g.pad[d] != 0 || g.in[d] != g.out[d]) return false;
+  return true;
+}
+
 class Planner {
  public:
   Planner(const Product& product, const KernelShape& shape, int workers)
-      : g(Merged(product)), kind(product.kind), workers(workers) {
+      : g(Merged(product)),
+        kind(product.kind),
+        workers(workers),
+        floats_planes(product.rhs.floats == nullptr ? 0 : LimbCount(product.rhs.bits)) {
     p.shape = shape;
     SplitIntoLimbs(product.lhs.bits, product.rhs.bits);
     p.is_rhs_pixels = kind == Kind::kFilterGradient;
@@ -108,16 +117,11 @@ class Planner {
   const Geometry g;
   const Kind kind;
   const int workers;
+  const int64_t floats_planes;  // of rhs, where it comes as floats
   Plan p{};
   bool are_taps_apart = false;  // each has an image of x of its own
   int64_t reach[kSpace];        // grid points from the first tap to the last
   int64_t cropped[kSpace];      // by negative padding
-
-  static bool IsProductOfMatrices(const Geometry& g) {
-    for (int d = 0; d < kSpace; ++d)
-      if (g.window[d] != 1 || g.stride[d] != 1 || g.pad[d] != 0 || g.in[d] != g.out[d]) return false;
-    return true;
-  }
 
   // A 1x1 product at every pixel is a matrix product: one long row of pixels.
   static Geometry Merged(const Product& product) {
@@ -454,8 +458,14 @@ class Planner {
     int64_t largest_panel = 0;
     for (const Phase& phase : p.phases) largest_panel = std::max(largest_panel, phase.panel_bytes);
     p.is_rhs_own = DoColumnsStay(largest_panel);
+    p.is_rhs_matrix = p.is_rhs_pixels && IsProductOfMatrices(g);
+    p.rhs_parts = p.is_rhs_matrix && g.groups == 1 && workers > 1 ? PartsOf(p.phases[0].blocks) : 1;
     for (int i = 0; i < static_cast<int>(p.phases.size()); ++i)
       p.is_rhs_own ? ShareOutColumns(i, largest_panel) : ShareOut(i, all_tiles);
+  }
+
+  int64_t PartsOf(int64_t blocks) const {
+    return std::clamp<int64_t>(2 * workers / std::max<int64_t>(1, blocks), 1, std::max<int64_t>(1, p.panels));
   }
 
   void ShareOutColumns(int index, int64_t largest_panel) {
@@ -529,6 +539,8 @@ class Planner {
       for (const Task& task : p.tasks) own = std::max(own, task.panels * p.phases[task.phase].panel_bytes);
       p.worker_bytes += own;
     }
+    p.planes_offset = p.worker_bytes;
+    p.worker_bytes += RoundUp(kPixelChunk * g.out_channels * floats_planes, kLine);
     p.lhs_offset = 0;
     p.rhs_offset = p.lhs_bytes;
     p.worker_offset = p.rhs_offset + p.rhs_bytes;
@@ -551,6 +563,10 @@ const char* FindError(const Product& product, int64_t* value) {
     *value = operand->exponent;
     if (operand->exponent < -126 || operand->exponent > 126) return "exponent must be in -126..126";
   }
+  *value = product.geometry.groups;
+  if (product.rhs.floats != nullptr &&
+      !(product.kind == Kind::kFilterGradient && IsProductOfMatrices(product.geometry) && *value == 1))
+    return "only dy of a matrix product's filter gradient may be floats; groups must be 1";
   const int64_t depth = Depth(product.geometry, product.kind);
   int depth_bits = 0;
   while ((int64_t{1} << depth_bits) < depth) ++depth_bits;

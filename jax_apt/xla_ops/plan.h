@@ -103,8 +103,10 @@ struct Plan {
 
   // The pixels of dy as the depth of a filter gradient; otherwise rhs is w.
   bool is_rhs_pixels;
-  bool is_rhs_own;    // each task packs the panels that it multiplies, which then never change cores
-  bool is_rhs_along;  // the depth of w is contiguous in memory, not its columns
+  bool is_rhs_matrix;  // these pixels are the rows of a matrix: they lie one behind the other
+  int64_t rhs_parts;   // tasks that share the panels of a block of pixels
+  bool is_rhs_own;     // each task packs the panels that it multiplies, which then never change cores
+  bool is_rhs_along;   // the depth of w is contiguous in memory, not its columns
   int64_t rhs_lane_step, rhs_depth_step, rhs_group_step;  // elements of w (or dy)
 
   int64_t result[kSpace];   // pixels of y or dx
@@ -124,6 +126,7 @@ struct Plan {
 
   // Scratch, in bytes from its start.
   int64_t lhs_bytes, rhs_bytes, worker_bytes, temporary_bytes, own_panels_offset, group_rhs_bytes;
+  int64_t planes_offset;  // in a worker's: of dy, where it comes as floats
   int64_t lhs_offset, rhs_offset, worker_offset, scratch_bytes;
 };
 

@@ -1,6 +1,6 @@
 // Max pooling's gradient: dx[p] = sum of dy over the windows whose maximum p is.
 //
-// Included by product_loops.h inside each ISA unit's own anonymous namespace. All loops run along the inner
+// Included by unit.h inside each ISA unit's own anonymous namespace. All loops run along the inner
 // dimension. The result is XLA's bit for bit: of equal values the first of a window takes the gradient,
 // padding counts as -infinity, a NaN gives way to the next value, and windows add up in row-major order.
 

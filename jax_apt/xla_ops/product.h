@@ -12,13 +12,29 @@ namespace jax_apt {
 
 constexpr int kMaxLimbs = 3;
 
+struct Draw {  // of random numbers: a layer's in a training step
+  uint32_t seed;
+  int32_t step;
+};
+
+// A float32 tensor that a product quantizes where it lays it out, so that no planes of it are kept: dy of a
+// matrix product's filter gradient.
+struct Floats {
+  const float* values;
+  int64_t first;  // of the tensor that is drawn for
+  bool is_random;
+  Draw draw;
+  int64_t* nonfinite;  // grows by how many values are not finite
+};
+
 // A quantized tensor in limb planes: plane i holds byte i of (code + 2^(8 * limbs - 1)), little end first,
 // where limbs = ceil(bits / 8). All-zero bytes, which no code of the symmetric range gives, mark a value
 // that was NaN or infinite.
 struct Operand {
   const uint8_t* plane[kMaxLimbs];
-  int bits;      // 2..24
-  int exponent;  // -126..126; value = code * 2^exponent
+  int bits;              // 2..24
+  int exponent;          // -126..126; value = code * 2^exponent
+  const Floats* floats;  // what takes the place of the planes, or null
 };
 
 static constexpr int LimbCount(int bits) { return (bits + 7) / 8; }
@@ -84,11 +100,6 @@ struct Plan;
 // float32 -> limb planes of `stride` bytes each; returns how many values were not finite.
 using QuantizeFn = int64_t (*)(const float* x, int64_t count, int bits, int exponent, uint8_t* planes,
                                int64_t stride);
-
-struct Draw {  // of random numbers: a layer's in a training step
-  uint32_t seed;
-  int32_t step;
-};
 
 // The same, rounded at random; the values begin at `first` of the tensor.
 using QuantizeAtRandomFn = int64_t (*)(const float* x, int64_t count, int64_t first, Draw, int bits,

@@ -7,7 +7,7 @@
 namespace jax_apt {
 namespace {
 
-#include "product_loops.h"
+#include "unit.h"
 #include "vectors256.h"
 #include "vnni_kernel.h"
 

@@ -1,8 +1,6 @@
 // The algorithm around a micro-kernel: lay out lhs and rhs, then multiply blocks and store the result.
 //
-// Included by each ISA unit inside its own anonymous namespace (hence no include guard, no system headers and
-// no std:: templates), so that every unit compiles it with its own instructions. What is done where, and in
-// which order, stands in the Plan (plan.h).
+// Included by unit.h. What is done where, and in which order, stands in the Plan (plan.h).
 //
 // A micro-kernel type describes itself:
 //   Lhs, Rhs     packed element types: uint8_t and int8_t, or int16_t twice
@@ -14,6 +12,7 @@
 //   Columns      a micro-kernel on the same panels that is quick for a single row
 
 #include "packing.h"
+#include "quantize_loops.h"
 #include "vectors.h"
 
 template <class K>
@@ -82,14 +81,14 @@ class Driver {
 
   int64_t RhsTasks() const {
     if (p.is_rhs_own) return 0;
-    if (p.is_rhs_pixels) return p.phases[0].blocks;
+    if (p.is_rhs_pixels) return p.phases[0].blocks * p.rhs_parts;
     return Groups() * static_cast<int64_t>(p.phases.size()) * CeilDiv(p.panels, p.panels_at_once);
   }
 
   void Prepare(int64_t task, int worker) {
     if (task < image_tasks) return FillImage(task, worker);
     task -= image_tasks;
-    if (p.is_rhs_pixels) return PackPixels(static_cast<int>(task), worker);
+    if (p.is_rhs_pixels) return PackPixels(task, worker);
     const int64_t phases = static_cast<int64_t>(p.phases.size()), sets = CeilDiv(p.panels, p.panels_at_once);
     const int64_t group = task / sets / phases, first = task % sets * p.panels_at_once;
     const Phase& phase = p.phases[task / sets % phases];
@@ -132,36 +131,80 @@ class Driver {
       for (int64_t i = 0; i < count; ++i) bytes[i] ^= 0x80;
   }
 
-  // A block of pixels of dy for all panels of all groups.
-  void PackPixels(int block, int worker) {
+  // A block of pixels of dy for some of the panels, of every group.
+  void PackPixels(int64_t task, int worker) {
     const Phase& phase = p.phases[0];
+    const int64_t part = task % p.rhs_parts, panel = p.panels * part / p.rhs_parts,
+                  end = p.panels * (part + 1) / p.rhs_parts;
+    const auto block = static_cast<int>(task / p.rhs_parts);
     const Block& b = p.blocks[phase.first_block + block];
-    if (b.segments == 0) return SumAllDigits(block);
-    const Segment& segment = p.segments[b.first_segment];
-    const Geometry& g = product.geometry;
-    constexpr int64_t kOne[kSpace] = {1, 1, 1}, kNone[kSpace] = {};
-    const Image image{product.rhs, p.grid, p.result, kOne, kNone, g.out_channels};
-    auto* pixels = reinterpret_cast<Lhs*>(Worker(worker));
-    for (int limb = 0; limb < p.rhs_limbs.count; ++limb)
-      for (int64_t k = 0; k < segment.depth; k += kPixelChunk) {
-        const int64_t depth = Min(kPixelChunk, segment.depth - k);
-        image.Fill(p.rhs_limbs.limb[limb], segment.lhs + k, depth, pixels);
+    const int64_t depth = b.segments == 0 ? 0 : p.segments[b.first_segment].depth;
+    for (int64_t k = 0; k < depth; k += kPixelChunk) {
+      const int64_t pixels = Min(kPixelChunk, depth - k), padded = Min(kPixelChunk, b.depth - k);
+      const Pixels codes = CodesOf(p.segments[b.first_segment].lhs + k, pixels, panel, end, worker);
+      for (int limb = 0; limb < p.rhs_limbs.count; ++limb) {
+        const PixelRows rows = ReadPixels(codes, p.rhs_limbs.limb[limb], worker);
         for (int64_t group = 0; group < Groups(); ++group)
-          for (int64_t panel = 0; panel < p.panels; ++panel) {
-            const Lhs* columns = pixels + group * p.rhs_group_step + panel * K::kNr;
-            Rhs* words = Words(Panel(group, phase, panel), phase, limb) + b.rhs + k * K::kNr;
-            const int64_t padded = Min(kPixelChunk, b.depth - k);
-            PackRows([&](int64_t i) { return columns + i * g.out_channels; }, depth, padded, Width(panel),
-                     words);
+          for (int64_t i = panel; i < end; i += kPanelsAtOnce) {
+            const Lhs* first = rows.first + group * p.rhs_group_step + (i - panel) * K::kNr;
+            int64_t at = -rows.step;
+            PackAcross<Lhs>([&] { return first + (at += rows.step); }, rows.step, pixels, padded,
+                            {phase, limb, i, Min(kPanelsAtOnce, end - i), Panel(group, phase, i)},
+                            b.rhs + k * K::kNr);
           }
       }
-    SumAllDigits(block);
+    }
+    for (int64_t group = 0; group < Groups(); ++group)
+      for (int64_t i = panel; i < end; ++i) SumDigits(phase, block, Panel(group, phase, i));
   }
 
-  void SumAllDigits(int block) {
-    for (int64_t group = 0; group < Groups(); ++group)
-      for (int64_t panel = 0; panel < p.panels; ++panel)
-        SumDigits(p.phases[0], block, Panel(group, p.phases[0], panel));
+  struct Pixels {  // of a matrix some columns, `step` elements from pixel to pixel; of an image all
+    Operand codes;
+    int64_t first, count, start, step, width;
+  };
+
+  struct PixelRows {
+    const Lhs* first;
+    int64_t step;
+  };
+
+  // Those of a matrix that comes as floats are quantized here.
+  Pixels CodesOf(int64_t first, int64_t count, int64_t panel, int64_t end, int worker) const {
+    const int64_t channels = product.geometry.out_channels, low = panel * K::kNr;
+    const int64_t width = Groups() > 1 ? channels : Min(end * K::kNr, p.columns) - low;
+    Pixels pixels{product.rhs, first, count, first * channels + low, channels, width};
+    if (product.rhs.floats == nullptr) return pixels;
+    const Floats& floats = *product.rhs.floats;
+    uint8_t* planes = Worker(worker) + p.planes_offset;
+    const int64_t runs = width == channels ? 1 : count, size = count * width / runs;
+    int64_t bad = 0;
+    for (int64_t i = 0; i < runs; ++i) {
+      const int64_t at = pixels.start + i * channels;
+      const int bits = product.rhs.bits, exponent = product.rhs.exponent;
+      uint8_t* out = planes + i * width;
+      bad += floats.is_random ? QuantizeAtRandom(floats.values + at, size, floats.first + at, floats.draw,
+                                                 bits, exponent, out, count * width)
+                              : Quantize(floats.values + at, size, bits, exponent, out, count * width);
+    }
+    if (bad != 0) __atomic_fetch_add(floats.nonfinite, bad, __ATOMIC_RELAXED);
+    for (int limb = 0; limb < LimbCount(product.rhs.bits); ++limb)
+      pixels.codes.plane[limb] = planes + limb * count * width;
+    pixels.start = 0, pixels.step = width;
+    return pixels;
+  }
+
+  PixelRows ReadPixels(const Pixels& from, Limb limb, int worker) const {
+    auto* pixels = reinterpret_cast<Lhs*>(Worker(worker));
+    if (!p.is_rhs_matrix) {
+      constexpr int64_t kOne[kSpace] = {1, 1, 1}, kNone[kSpace] = {};
+      Image{product.rhs, p.grid, p.result, kOne, kNone, product.geometry.out_channels}.Fill(
+          limb, from.first, from.count, pixels);
+      return {pixels, product.geometry.out_channels};
+    }
+    if constexpr (kIsBytes) return {from.codes.plane[limb.shift / 8] + from.start, from.step};
+    for (int64_t i = 0; i < from.count; ++i)
+      ReadLimb(from.codes, limb, from.start + i * from.step, from.width, pixels + i * from.width);
+    return {pixels, from.width};
   }
 
   int64_t Width(int64_t panel) const { return Min(K::kNr, p.columns - panel * K::kNr); }
@@ -179,9 +222,15 @@ class Driver {
           const int64_t padded = RoundUp(segment.depth, p.shape.depth_unit);
           const Limb which = p.rhs_limbs.limb[limb];
           if (!p.is_rhs_along) {
-            const bool are_bytes = kIsBytes || LimbCount(product.rhs.bits) == 1;
-            const auto pack = are_bytes ? &Driver::PackBytesAcross : &Driver::PackLimbsAcross;
-            (this->*pack)(which, segment, start, padded, first, panels, phase, limb, packed, done);
+            RowStarts starts = StartsOf(segment, start);
+            const Target to{phase, limb, first, panels, packed};
+            const uint8_t* plane = product.rhs.plane[which.shift / 8];
+            if (kIsBytes || LimbCount(product.rhs.bits) == 1) {  // which may become 16-bit elements
+              PackAcross<uint8_t>([&] { return plane + starts.Next(); }, p.rhs_depth_step, segment.depth,
+                                  padded, to, done);
+            } else {
+              PackLimbsAcross(starts, which, segment.depth, padded, to, done);
+            }
           }
           for (int64_t i = 0; p.is_rhs_along && i < panels; ++i)
             PackAlong(which, segment, start + i * K::kNr * p.rhs_lane_step, padded, Width(first + i),
@@ -198,81 +247,59 @@ class Driver {
     return RowStarts(&p.pieces[segment.first_piece], segment.depth / segment.pieces, start, p.rhs_depth_step);
   }
 
+  struct Target {  // neighbouring panels, each `panel_bytes` behind the other from `packed` on
+    const Phase& phase;
+    int limb;
+    int64_t first, panels;
+    uint8_t* packed;
+  };
+
   // Columns are neighbours in memory: each group of rows is read along all panels, as it lies in memory.
-  // Here the bytes of a limb, or codes of 8 bits that become 16-bit elements.
-  void PackBytesAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
-                       int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
+  // `next()` is the row of the next depth, `step` elements behind the last.
+  template <class Element, class Next>
+  void PackAcross(Next next, int64_t step, int64_t depth, int64_t padded, const Target& to,
+                  int64_t done) const {
     constexpr int64_t kAhead = 16;  // rows: on another page, which the processor does not expect
-    const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
-    uint8_t zeros[kPanelsAtOnce * K::kNr];
-    __builtin_memset(zeros, ZeroDigit(uint8_t{}), sizeof(zeros));
-    RowStarts starts = StartsOf(segment, start);
+    const int64_t columns = (to.panels - 1) * K::kNr + Width(to.first + to.panels - 1);
+    Element zeros[kPanelsAtOnce * K::kNr];
+    for (Element& zero : zeros) zero = ZeroDigit(Element{});
     for (int64_t k = 0; k < padded; k += K::kGroup) {
-      const uint8_t* group[K::kGroup];
+      const Element* group[K::kGroup];
       for (int64_t j = 0; j < K::kGroup; ++j) {
-        group[j] = k + j < segment.depth ? product.rhs.plane[limb.shift / 8] + starts.Next() : zeros;
-        for (int64_t c = 0; c < columns && group[j] != zeros; c += 64)
-          __builtin_prefetch(group[j] + c + kAhead * p.rhs_depth_step);
+        group[j] = k + j < depth ? next() : zeros;
+        for (int64_t c = 0; c < columns && group[j] != zeros; c += 64 / int64_t{sizeof(Element)})
+          __builtin_prefetch(group[j] + c + kAhead * step);
       }
-      PackGroup(group, first, panels, phase, plane, packed, done + k * K::kNr);
+      PackGroup(group, to, done + k * K::kNr);
     }
   }
 
   // The same of 16-bit limbs, which are made from several planes.
-  void PackLimbsAcross(Limb limb, const Segment& segment, int64_t start, int64_t padded, int64_t first,
-                       int64_t panels, const Phase& phase, int plane, uint8_t* packed, int64_t done) const {
-    const int64_t columns = (panels - 1) * K::kNr + Width(first + panels - 1);
+  void PackLimbsAcross(RowStarts starts, Limb limb, int64_t depth, int64_t padded, const Target& to,
+                       int64_t done) const {
+    const int64_t columns = (to.panels - 1) * K::kNr + Width(to.first + to.panels - 1);
     Lhs rows[K::kGroup][kPanelsAtOnce * K::kNr] = {};
-    RowStarts starts = StartsOf(segment, start);
     for (int64_t k = 0; k < padded; k += K::kGroup) {
       const Lhs* group[K::kGroup];
       for (int64_t j = 0; j < K::kGroup; ++j) {
         group[j] = rows[j];
-        if (k + j < segment.depth) {
+        if (k + j < depth) {
           ReadLimb(product.rhs, limb, starts.Next(), columns, rows[j]);
         } else {
           Zeros(product.rhs, limb, columns, rows[j]);
         }
       }
-      PackGroup(group, first, panels, phase, plane, packed, done + k * K::kNr);
+      PackGroup(group, to, done + k * K::kNr);
     }
   }
 
   template <class Element>
-  void PackGroup(const Element* const* group, int64_t first, int64_t panels, const Phase& phase, int plane,
-                 uint8_t* packed, int64_t done) const {
-    for (int64_t i = 0; i < panels; ++i) {
+  void PackGroup(const Element* const* group, const Target& to, int64_t done) const {
+    for (int64_t i = 0; i < to.panels; ++i) {
       const Element* row[K::kGroup];
       for (int64_t j = 0; j < K::kGroup; ++j) row[j] = group[j] + i * K::kNr;
-      auto* words = Words(packed + i * phase.panel_bytes, phase, plane) + done;
-      InterleavePadded(row, Width(first + i), reinterpret_cast<uint32_t*>(words));
-    }
-  }
-
-  template <class Element>
-  static void InterleavePadded(const Element* const* row, int64_t width, uint32_t* words) {
-    const auto interleave = [=](int64_t columns) {
-      if constexpr (sizeof(Element) < sizeof(Lhs)) {
-        InterleaveBytes(row[0], row[1], columns, reinterpret_cast<Lhs*>(words));
-      } else {
-        Interleave(row, columns, words);
-      }
-    };
-    if (width == K::kNr) return interleave(K::kNr);
-    interleave(width);
-    for (int64_t c = width; c < K::kNr; ++c) words[c] = 0;
-  }
-
-  // `row(k)` has the elements of depth k; each is read within its width alone.
-  template <class Row>
-  static void PackRows(Row row, int64_t depth, int64_t padded, int64_t width, Rhs* words) {
-    Lhs zeros[K::kNr];
-    for (Lhs& zero : zeros) zero = ZeroDigit(Lhs{});
-    auto* out = reinterpret_cast<uint32_t*>(words);
-    for (int64_t k = 0; k < padded; k += K::kGroup, out += K::kNr) {
-      const Lhs* group[K::kGroup];
-      for (int64_t j = 0; j < K::kGroup; ++j) group[j] = k + j < depth ? row(k + j) : zeros;
-      InterleavePadded(group, width, out);
+      auto* words = Words(to.packed + i * to.phase.panel_bytes, to.phase, to.limb) + done;
+      InterleavePadded<K>(row, Width(to.first + i), reinterpret_cast<uint32_t*>(words));
     }
   }
 
@@ -571,30 +598,3 @@ class Driver {
       }
   }
 };
-
-#include "depthwise_loops.h"
-#include "measure_loops.h"
-#include "pool_loops.h"
-#include "quantize_loops.h"
-
-template <class K>  // of units that include winograd_loops.h
-void RunWinograd(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel);
-
-template <class K>
-void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Parallel& parallel) {
-  if constexpr (K::kHasWinograd) {
-    if (plan.is_winograd) return RunWinograd<K>(plan, product, scratch, parallel);
-  }
-  if (plan.is_depthwise) return RunDepthwise(plan, product, scratch, parallel);
-  Driver<K>(plan, product, scratch).Run(parallel);
-}
-
-// What the unit offers.
-template <class K>
-constexpr Kernels KernelsOf(const char* name, const Kernels* nonnegative = nullptr) {
-  constexpr KernelShape kShape = {
-      K::kMr, K::kNr,     K::kRowUnit,     K::kDepthUnit,    sizeof(typename K::Lhs),
-      K::kKc, K::kSerial, K::kHasWinograd, K::kIsNonnegative};
-  return {name,         kShape,       RunProduct<K>,   Quantize,   QuantizeAtRandom,
-          MeasureRange, MeasureError, MaxPoolGradient, nonnegative};
-}

@@ -9,7 +9,7 @@ namespace jax_apt {
 namespace {
 
 #include "neon_kernel.h"
-#include "product_loops.h"
+#include "unit.h"
 
 // sdot wants both sides signed. Flipping the top bit of a byte u of lhs, read as signed, gives u - 128, and
 //

@@ -9,7 +9,7 @@ namespace jax_apt {
 namespace {
 
 #include "neon_kernel.h"
-#include "product_loops.h"
+#include "unit.h"
 
 struct MixedDot {
   using Words = uint8x16_t;

@@ -10,7 +10,7 @@
 namespace jax_apt {
 namespace {
 
-#include "product_loops.h"
+#include "unit.h"
 
 // 4 x 4 sums in plain C++. The plan picks limbs and a depth such that depth * largest lhs limb * largest rhs
 // limb < 2^31: no partial sum overflows.

@@ -1,6 +1,6 @@
 // Register blocks of vpdpbusd, for vectors of any width.
 //
-// Included by the ISA units after product_loops.h, inside their anonymous namespaces.
+// Included by the ISA units after unit.h, inside their anonymous namespaces.
 //
 // vpdpbusd adds four products of an unsigned and a signed byte without saturation. Sums wrap modulo 2^32;
 // with one limb on each side only the final one must fit, with several the plan keeps the depth to

@@ -1,5 +1,5 @@
 // Exact integer Winograd F(4x4, 3x3): a 3x3 convolution of stride 1 with 36 instead of 144 multiplications
-// per 4 x 4 pixels (Lavin and Gray, arXiv 1509.09308). Included by product_loops.h inside each ISA unit's own
+// per 4 x 4 pixels (Lavin and Gray, arXiv 1509.09308). Included by unit.h inside each ISA unit's own
 // anonymous namespace; for units that multiply 16-bit elements and whose int32 sums wrap.
 //
 //   Y = A^T [ (G w G^T) . (B^T d B) ] A / 576      for a tile d of 6 x 6 pixels, sums over channels inside [

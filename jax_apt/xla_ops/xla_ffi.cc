@@ -48,6 +48,34 @@ struct Planes {
   }
 };
 
+ffi::Error Check(const Product& product) {
+  int64_t value;
+  const char* error = FindError(product, &value);
+  if (error == nullptr) return ffi::Error::Success();
+  return Invalid(std::string("product: ") + error + ", got " + std::to_string(value));
+}
+
+ffi::Error RunAll(const Kernels& kernels, const std::vector<Product>& products, ffi::ThreadPool& pool) {
+  Team team = MakeTeam(pool, IsSmall(kernels, products[0], static_cast<int64_t>(products.size())));
+  if (RunProducts(kernels, products, team)) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "product: no memory for scratch");
+}
+
+ffi::Error ReadCall(int64_t kind, ffi::Span<const int64_t> geometry, int64_t batch, int64_t results,
+                    Call* call) {
+  if (const char* error = call->Read(kind, geometry.begin(), static_cast<int64_t>(geometry.size())))
+    return Invalid(std::string("product: ") + error);
+  const int64_t wanted = batch * call->matrices * call->sizes().out;
+  if (results == wanted) return ffi::Error::Success();
+  return Invalid("product: the result has " + std::to_string(results) + " elements, not " +
+                 std::to_string(wanted));
+}
+
+ffi::Error TooFewPlanes(int lhs_bits, int rhs_bits) {
+  return Invalid("product: " + std::to_string(lhs_bits) + " x " + std::to_string(rhs_bits) +
+                 " bits need more planes than the operands have");
+}
+
 ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs_planes, ffi::Buffer<ffi::S32> lhs_bits,
                        ffi::Buffer<ffi::S32> lhs_exponent, ffi::Buffer<ffi::F32> lhs_nonfinite,
                        ffi::Buffer<ffi::U8> rhs_planes, ffi::Buffer<ffi::S32> rhs_bits,
@@ -56,38 +84,84 @@ ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs_planes, ff
                        std::string_view isa) {
   const Planes lhs{lhs_planes, lhs_bits, lhs_exponent, lhs_nonfinite},
       rhs{rhs_planes, rhs_bits, rhs_exponent, rhs_nonfinite};
+  const auto batch = static_cast<int64_t>(lhs_bits.element_count());
   Call call;
-  if (const char* error = call.Read(kind, geometry.begin(), static_cast<int64_t>(geometry.size())))
-    return Invalid(std::string("product: ") + error);
+  if (auto error = ReadCall(kind, geometry, batch, static_cast<int64_t>(out->element_count()), &call);
+      error.failure())
+    return error;
   const Kernels* kernels;
   if (auto error = FindIsa("product", isa, &kernels); error.failure()) return error;
-  const auto batch = static_cast<int64_t>(lhs_bits.element_count());
-  if (static_cast<int64_t>(out->element_count()) != batch * call.matrices * call.sizes().out)
-    return Invalid("product: the result has " + std::to_string(out->element_count()) + " elements, not " +
-                   std::to_string(batch * call.matrices * call.sizes().out));
   if (out->element_count() == 0) return ffi::Error::Success();
   std::vector<Product> products;
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t f[] = {lhs_bits.typed_data()[b], lhs_exponent.typed_data()[b], rhs_bits.typed_data()[b],
                          rhs_exponent.typed_data()[b]};
-    const Product checked{call.kind, call.geometry, {{}, f[0], f[1]}, {{}, f[2], f[3]}, nullptr};
-    int64_t value;
-    if (const char* error = FindError(checked, &value))
-      return Invalid(std::string("product: ") + error + ", got " + std::to_string(value));
-    if (!lhs.HoldsPlanes(b, batch, call.matrices * call.sizes().lhs) ||
-        !rhs.HoldsPlanes(b, batch, call.matrices * call.sizes().rhs))
-      return Invalid("product: " + std::to_string(f[0]) + " x " + std::to_string(f[2]) +
-                     " bits need more planes than the operands have");
     for (int64_t i = 0; i < call.matrices; ++i)
       products.push_back(call.At(i, lhs.At(b, batch), rhs.At(b, batch), f,
                                  out->typed_data() + b * call.matrices * call.sizes().out));
+    if (auto error = Check(products.back()); error.failure()) return error;
+    if (!lhs.HoldsPlanes(b, batch, call.matrices * call.sizes().lhs) ||
+        !rhs.HoldsPlanes(b, batch, call.matrices * call.sizes().rhs))
+      return TooFewPlanes(f[0], f[2]);
   }
-  Team team = MakeTeam(pool, IsSmall(*kernels, products[0], static_cast<int64_t>(products.size())));
-  if (!RunProducts(*kernels, products, team))
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "product: no memory for scratch");
+  if (auto error = RunAll(*kernels, products, pool); error.failure()) return error;
   for (int64_t b = 0; b < batch; ++b)
     if (lhs_nonfinite.typed_data()[b] != 0 || rhs_nonfinite.typed_data()[b] != 0)
       for (int64_t i = 0; i < call.matrices; ++i) SpreadNonfinite(products[b * call.matrices + i]);
+  return ffi::Error::Success();
+}
+
+constexpr int64_t kFormatFields = 4;  // bits, exponent, whether to measure, training step
+
+ffi::Error WeightGradientImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x_planes,
+                              ffi::Buffer<ffi::S32> x_bits, ffi::Buffer<ffi::S32> x_exponent,
+                              ffi::Buffer<ffi::F32> x_nonfinite, ffi::Buffer<ffi::F32> dy,
+                              ffi::Buffer<ffi::S32> formats, ffi::ResultBuffer<ffi::F32> out,
+                              ffi::Span<const int64_t> geometry, int64_t seed, std::string_view isa) {
+  const Planes x{x_planes, x_bits, x_exponent, x_nonfinite};
+  const auto batch = static_cast<int64_t>(x_bits.element_count());
+  Call call;
+  if (auto error = ReadCall(static_cast<int64_t>(Kind::kFilterGradient), geometry, batch,
+                            static_cast<int64_t>(out->element_count()), &call);
+      error.failure())
+    return error;
+  const Kernels* kernels;
+  if (auto error = FindIsa("weight_gradient", isa, &kernels); error.failure()) return error;
+  if (out->element_count() == 0) return ffi::Error::Success();
+  const Sizes sizes = call.sizes();
+  const int64_t values = call.matrices * sizes.rhs;
+  if (static_cast<int64_t>(dy.element_count()) != batch * values ||
+      static_cast<int64_t>(formats.element_count()) != batch * kFormatFields)
+    return Invalid("weight_gradient: the buffers do not fit together");
+  std::vector<int64_t> nonfinite(batch, 0);
+  std::vector<Floats> floats(batch * call.matrices);
+  std::vector<Product> products;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* dy_format = formats.typed_data() + b * kFormatFields;
+    const int32_t f[] = {x_bits.typed_data()[b], x_exponent.typed_data()[b], dy_format[0], dy_format[1]};
+    for (int64_t i = 0; i < call.matrices; ++i) {
+      const int64_t first = i * sizes.rhs;
+      Floats& of = floats[products.size()];
+      of = {dy.typed_data() + b * values + first, first, seed >= 0,
+            Draw{static_cast<uint32_t>(seed), dy_format[3]}, &nonfinite[b]};
+      products.push_back(
+          call.At(i, x.At(b, batch), &of, f, out->typed_data() + b * call.matrices * sizes.out));
+    }
+    if (auto error = Check(products.back()); error.failure()) return error;
+    if (!x.HoldsPlanes(b, batch, call.matrices * sizes.lhs)) return TooFewPlanes(f[0], f[2]);
+  }
+  if (auto error = RunAll(*kernels, products, pool); error.failure()) return error;
+  std::vector<uint8_t> planes;
+  for (size_t i = 0; i < products.size(); ++i) {
+    const auto b = static_cast<int64_t>(i) / call.matrices;
+    if (x_nonfinite.typed_data()[b] == 0 && nonfinite[b] == 0) continue;
+    Product marked = products[i];
+    planes.resize(kMaxLimbs * sizes.rhs);
+    kernels->quantize(marked.rhs.floats->values, sizes.rhs, marked.rhs.bits, marked.rhs.exponent,
+                      planes.data(), sizes.rhs);
+    for (int limb = 0; limb < kMaxLimbs; ++limb) marked.rhs.plane[limb] = planes.data() + limb * sizes.rhs;
+    SpreadNonfinite(marked);
+  }
   return ffi::Error::Success();
 }
 
@@ -124,8 +198,6 @@ ffi::Error QuantizeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
   }
   return ffi::Error::Success();
 }
-
-constexpr int64_t kFormatFields = 4;  // bits, exponent, whether to measure, training step
 
 ffi::Error ReadChoice(ffi::Span<const int64_t> widths, int64_t measure, int64_t is_restart, float limit,
                       Choice* choice) {
@@ -272,6 +344,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_product, jax_apt::ProductImpl,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("kind")
                                   .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_weight_gradient, jax_apt::WeightGradientImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()   // x (batch, limbs, ...)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // its bits (batch)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // its exponent (batch)
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // its values that are not finite (batch)
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // dy (batch, ...)
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // its format (batch, 4)
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // dw (batch, ...)
+                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<int64_t>("seed")
                                   .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_apt_quantize, jax_apt::QuantizeImpl,

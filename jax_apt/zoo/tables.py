@@ -83,14 +83,20 @@ def _means(entries: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
-    """The results as a Markdown table, one row per network, with what is behind each row."""
+    """The results as Markdown: float32 and APT with what is behind each row, then the other precisions."""
     widths = sorted({w for entry in entries for w in gradient_shares(entry["bits"])}, key=int)
-    others = [p for p in LABELS if any(p in entry["others"] for entry in entries)]
     head = ["network", "task (score)", "pairs", "float32 [spread]", "APT", "APT - float32 [95 % CI]", "least"]
     head += ["within"] + [f"dY at int{width}" for width in widths] + ["update every", "step, APT : float32"]
-    head += [f"{LABELS[name]} - float32" for name in others]
-    rows = [_markdown_row(entry, widths, others) for entry in entries]
-    return _markdown_table(head, rows) + "".join(f"- {line}\n" for line in summary_lines(entries))
+    table = _markdown_table(head, [_markdown_row(entry, widths) for entry in entries])
+    return table + _others_markdown(entries) + "".join(f"- {line}\n" for line in summary_lines(entries))
+
+
+def _others_markdown(entries: list[dict[str, Any]]) -> str:
+    """Differences from float32 at the precisions beside float32 and APT; empty without them."""
+    others = [p for p in LABELS if any(p in entry["others"] for entry in entries)]
+    rows = [[entry["name"], *(_markdown_other(entry["others"].get(p)) for p in others)] for entry in entries]
+    text = "Differences from float32 [95 % CI] (pairs) of the other precisions:\n\n"
+    return text + _markdown_table(["network", *(LABELS[p] for p in others)], rows) if others else ""
 
 
 def brief_markdown(entries: list[dict[str, Any]]) -> str:
@@ -118,14 +124,13 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def _markdown_row(entry: dict[str, Any], widths: list[str], others: list[str]) -> list[str]:
+def _markdown_row(entry: dict[str, Any], widths: list[str]) -> list[str]:
     shares, difference = gradient_shares(entry["bits"]), entry["difference"]
     cells = [entry["name"], f"{entry['task']} ({entry['metric']})", str(len(difference["each"]))]
     cells += [f"{entry['float32']:.2f} [{_spread(entry)}]", f"{entry['apt']:.2f}"]
     cells += [format_difference(difference), f"{min(difference['each']):+.2f}", describe_verdict(entry)]
     cells += [_percent(shares.get(width)) for width in widths]
-    cells += [f"{gradient_interval(entry['bits']):.1f} steps", _step_ratio(entry["step_ms"])]
-    return cells + [_markdown_other(entry["others"].get(name)) for name in others]
+    return [*cells, f"{gradient_interval(entry['bits']):.1f} steps", _step_ratio(entry["step_ms"])]
 
 
 def _spread(entry: dict[str, Any]) -> str:

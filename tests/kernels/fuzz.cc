@@ -163,8 +163,32 @@ bool AreEqual(const std::vector<float>& out, const std::vector<float>& wanted, c
   return true;
 }
 
+// The same filter gradients from a float32 dy of values that are codes, however it is rounded.
+bool CheckFloats(Random& random, const Kernels& kernels, const Call& call, std::vector<Product> products,
+                 const Codes& rhs, const std::vector<float>& wanted) {
+  const int exponent = products[0].rhs.exponent;
+  std::vector<float> values;
+  for (const int32_t code : rhs.codes) values.push_back(std::ldexp(static_cast<float>(code), exponent));
+  int64_t nonfinite = 0;
+  std::vector<Floats> floats(products.size());
+  for (size_t i = 0; i < products.size(); ++i) {
+    const int64_t first = static_cast<int64_t>(i) * call.sizes().rhs;
+    floats[i] = {values.data() + first, first, random.Int(0, 1) != 0, Draw{5, 7}, &nonfinite};
+    products[i].rhs.floats = &floats[i];
+    for (const uint8_t*& plane : products[i].rhs.plane) plane = nullptr;
+  }
+  std::vector<float> out(wanted.size(), 7.0F);
+  for (size_t i = 0; i < products.size(); ++i)
+    products[i].out = out.data() + static_cast<int64_t>(i) * call.sizes().out;
+  Helpers helpers;
+  Team team = helpers.MakeTeam(static_cast<int>(random.Int(1, 3)));
+  return RunProducts(kernels, products, team) && nonfinite == 0 &&
+         AreEqual(out, wanted, std::string(kernels.name) + ", dy in float32");
+}
+
 bool CheckProduct(Random& random, const std::vector<const Kernels*>& all) {
-  const Numbers geometry = random.Int(0, 1) != 0 ? DrawMatrix(random) : DrawConvolution(random);
+  const bool is_matrix = random.Int(0, 1) != 0;
+  const Numbers geometry = is_matrix ? DrawMatrix(random) : DrawConvolution(random);
   const int64_t kind = random.Int(0, 2);
   const auto draw_bits = [&] {
     return static_cast<int32_t>(random.Pick({8, 8, 8, 16, 24, random.Int(2, 24)}));
@@ -192,6 +216,7 @@ bool CheckProduct(Random& random, const std::vector<const Kernels*>& all) {
     Team team = helpers.MakeTeam(static_cast<int>(random.Int(1, 3)));
     if (!RunProducts(*kernels, products, team)) return false;
     if (!AreEqual(out, wanted, Describe(kernels->name, kind, geometry, formats))) return false;
+    if (kind == 2 && is_matrix && !CheckFloats(random, *kernels, call, products, rhs, wanted)) return false;
   }
   return true;
 }
