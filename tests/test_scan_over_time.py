@@ -281,3 +281,21 @@ def test_the_loop_keeps_a_weight_once_and_not_once_a_step(backend):
     assert {shape[0] for shape in shapes if shape} >= {STEPS}
     for weight in PARAMS.values():
         assert not [s for s in shapes if len(s) > 2 and s[0] == STEPS and s[-2:] == weight.shape]
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the kernels are not compiled here")
+def test_an_lstm_takes_less_memory_than_float32():
+    """The stacks of the two loops are not in memory together, and no codes of all dY are."""
+    net, xs = nn.RNN(nn.OptimizedLSTMCell(64)), normal(1, 16, 48, 64)
+    params = net.init(jax.random.key(0), xs)
+
+    def temporary(step, *args):
+        return jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    def loss(params):
+        return jnp.mean(net.apply(params, xs)[:, -1] ** 2)
+
+    q = apt.apt_quantize(lambda params, xs: jnp.mean(net.apply(params, xs)[:, -1] ** 2))
+    step = apt.value_and_grad(lambda params, state: q.apply(params, state, xs), q)
+    memory = temporary(step, params, q.init(params, xs))
+    assert memory < 0.6 * temporary(jax.value_and_grad(loss), params)
