@@ -11,7 +11,7 @@
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter, NullLocator
 from scipy import stats
 
 import jax_apt as apt
@@ -239,7 +239,9 @@ def draw_costs(entries: list[dict[str, Any]], path: pathlib.Path) -> bool:
     entries = [entry for entry in entries if "int8" in entry["others"]]
     if not entries:
         return False
-    figure, (costs, shares) = _figure(2, width_ratios=(2, 1))
+    figure = Figure(figsize=(9.2, 6.4), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    costs, shares = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     place = np.arange(len(entries))
     kinds = [p for p in COSTS if any(_differences(entry, p) for entry in entries)]
     for i, precision in enumerate(kinds):
@@ -249,24 +251,29 @@ def draw_costs(entries: list[dict[str, Any]], path: pathlib.Path) -> bool:
         costs.bar(x, means, 0.7 / len(kinds), label=LABELS[precision])
         for at, values in zip(x, each, strict=True):
             costs.plot([at] * len(values), values, "k.", ms=3)
+    costs.set_yscale("symlog", linthresh=1)
+    costs.yaxis.set_major_locator(FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10]))
+    costs.yaxis.set_major_formatter(FormatStrFormatter("%d"))
+    costs.yaxis.set_minor_locator(NullLocator())
     costs.set(ylabel="points above float32")
     costs.axhline(0, color="black", lw=0.8)
-    costs.set_title("difference from float32 (bars: mean, dots: seeds)", size=11)
+    costs.set_title("difference from float32 (bars: mean, dots: seeds; linear within 1 point)", size=11)
     figure.legend(loc="outside upper left", ncols=2)
     wide = [100 * (1 - gradient_shares(entry["bits"]).get("8", 0.0)) for entry in entries]
     shares.bar(place, wide, 0.5, color="tab:orange")
-    shares.set(ylabel="share of gradients above 8 bits (%)", ylim=(0, 100))
-    shares.set_title("where APT leaves 8 bits", size=11)
+    shares.set(ylabel="share (%)", ylim=(0, 100))
+    shares.set_title("share of the training that APT's gradients spend above 8 bits", size=11)
+    shares.set_xticks(place, [entry["name"] for entry in entries], rotation=45, ha="right")
     for axis in (costs, shares):
-        axis.set_xticks(place, [entry["name"] for entry in entries], rotation=45, ha="right", size=8)
+        axis.grid(alpha=0.3)
     figure.savefig(path)
     return True
 
 
-def _figure(columns: int, width_ratios: Sequence[float] | None = None) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.6 * sum(width_ratios or [1] * columns), 4), dpi=200, layout="constrained")
+def _figure(columns: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.6 * columns, 4), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, width_ratios=width_ratios)
+    axes = figure.subplots(1, columns)
     for axis in np.ravel(axes):
         axis.grid(alpha=0.3)
     return figure, axes
