@@ -17,10 +17,11 @@ def network(p, x):
 
 
 def start(**config):
+    """Rounded to nearest: two programs' values may differ in their last bit, and then draw differently."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = {"a": (6, 8), "b": (8, 4)}
     p = {n: {"kernel": jax.random.normal(k, shapes[n])} for n, k in zip(shapes, keys, strict=False)}
-    q = apt.apt_quantize(network, config=apt.Config(**config), backend=BACKEND)
+    q = apt.apt_quantize(network, apt.PRESETS["published"], config=apt.Config(**config), backend=BACKEND)
     x = jax.random.normal(keys[2], (16, 6))
     return q, p, x
 
