@@ -157,7 +157,7 @@ def differentiate_later(loop: Loop, weights: list, values: list, formats) -> lis
 
     def backward(residuals, cotangents):
         pullback, codes, first, formats = residuals
-        perturbed, probes = _begun_late(pullback, formats)([_instantiated(c) for c in cotangents])
+        perturbed, probes = _begin_late(pullback, [_instantiated(c) for c in cotangents], formats)
         gradients: list = [None] * len(weights)
         for i, number in loop.weight_of.items():
             probe = probes[first[i]][0], probes[i][1]
@@ -170,22 +170,18 @@ def differentiate_later(loop: Loop, weights: list, values: list, formats) -> lis
     return scanned(weights, values, formats)
 
 
-def _begun_late(pullback: Callable, formats) -> Callable:
-    """The same, in a branch that is always taken; not inside a `shard_map`, where branches need equal types.
+def _begin_late(pullback: Callable, cotangents: list, formats) -> tuple:
+    """What the pullback returns, from a branch that is always taken; not inside a `shard_map`.
 
     The stack of dY begins as zeros, which depend on nothing: XLA allocates them before the forward loop. In a
     branch it cannot, and the stacks of the two loops are never in memory together.
     """
+    run = partial(pullback, cotangents)
+    if any(versions.varying_axes(c) for c in cotangents):
+        return run()
     bits = jax.tree.leaves(formats)[0][..., 0, 0]
-
-    def begun_late(cotangents):
-        if any(versions.varying_axes(c) for c in cotangents):
-            return pullback(cotangents)
-        shapes = jax.eval_shape(lambda: pullback(cotangents))
-        zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return lax.cond(jnp.min(bits) > 0, lambda: pullback(cotangents), zeros)
-
-    return begun_late
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
+    return lax.cond(jnp.min(bits) > 0, run, zeros)
 
 
 def _instantiated(cotangent):

@@ -1,6 +1,6 @@
 // Reading limb planes and laying them out for a micro-kernel: images of lhs, panels of rhs.
 //
-// Included by unit.h inside each ISA unit's own anonymous namespace (hence no include guard, no
+// Included by product_loops.h inside each ISA unit's own anonymous namespace (hence no include guard, no
 // system headers and no std:: templates), so that every unit compiles it with its own instructions.
 //
 // Kernels on bytes multiply bytes of lhs as they are in memory (0..255) by bytes of rhs less 128

@@ -1,6 +1,6 @@
 // Quantization: float32 -> limb planes.
 //
-// Included by unit.h inside each ISA unit's own anonymous namespace (hence no include guard, no
+// Included by product_loops.h inside each ISA unit's own anonymous namespace (hence no include guard, no
 // system headers and no std:: templates).
 
 template <int kLimbs>

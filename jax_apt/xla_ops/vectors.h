@@ -1,6 +1,6 @@
 // Vectors as wide as the unit's registers.
 //
-// Included by unit.h inside each ISA unit's own anonymous namespace.
+// Included by product_loops.h inside each ISA unit's own anonymous namespace.
 
 #if defined(__AVX512BW__)
 constexpr int64_t kVectorBytes = 64;

@@ -113,6 +113,15 @@ ffi::Error ProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> lhs_planes, ff
 
 constexpr int64_t kFormatFields = 4;  // bits, exponent, whether to measure, training step
 
+// `SpreadNonfinite` of a product whose rhs, `count` values, has no planes.
+void SpreadFromFloats(const Kernels& kernels, Product product, int64_t count) {
+  Operand& rhs = product.rhs;
+  std::vector<uint8_t> planes(kMaxLimbs * count);
+  kernels.quantize(rhs.floats->values, count, rhs.bits, rhs.exponent, planes.data(), count);
+  for (int limb = 0; limb < kMaxLimbs; ++limb) rhs.plane[limb] = planes.data() + limb * count;
+  SpreadNonfinite(product);
+}
+
 ffi::Error WeightGradientImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x_planes,
                               ffi::Buffer<ffi::S32> x_bits, ffi::Buffer<ffi::S32> x_exponent,
                               ffi::Buffer<ffi::F32> x_nonfinite, ffi::Buffer<ffi::F32> dy,
@@ -151,16 +160,10 @@ ffi::Error WeightGradientImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x_plane
     if (!x.HoldsPlanes(b, batch, call.matrices * sizes.lhs)) return TooFewPlanes(f[0], f[2]);
   }
   if (auto error = RunAll(*kernels, products, pool); error.failure()) return error;
-  std::vector<uint8_t> planes;
   for (size_t i = 0; i < products.size(); ++i) {
     const auto b = static_cast<int64_t>(i) / call.matrices;
-    if (x_nonfinite.typed_data()[b] == 0 && nonfinite[b] == 0) continue;
-    Product marked = products[i];
-    planes.resize(kMaxLimbs * sizes.rhs);
-    kernels->quantize(marked.rhs.floats->values, sizes.rhs, marked.rhs.bits, marked.rhs.exponent,
-                      planes.data(), sizes.rhs);
-    for (int limb = 0; limb < kMaxLimbs; ++limb) marked.rhs.plane[limb] = planes.data() + limb * sizes.rhs;
-    SpreadNonfinite(marked);
+    if (x_nonfinite.typed_data()[b] != 0 || nonfinite[b] != 0)
+      SpreadFromFloats(*kernels, products[i], sizes.rhs);
   }
   return ffi::Error::Success();
 }

@@ -385,7 +385,10 @@ def _observe(options: argparse.Namespace, _: str) -> int:
 
     path = options.results / "results.json"
     if not path.exists():
-        return _fail(f"jax-apt observe: error: argument --results: {path} is not there; run jax-apt compare")
+        return _fail(
+            f"jax-apt observe: error: argument --results: {path} is not there; run jax-apt compare, or "
+            "jax-apt results on the folder of its runs"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     entries = json.loads(path.read_text())["networks"]
     for entry in entries:
