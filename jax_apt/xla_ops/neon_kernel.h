@@ -74,7 +74,7 @@ struct NeonKernel {
   using Columns = NeonKernel;
   static constexpr int64_t kGroup = 4, kMr = 8, kNr = 8, kRowUnit = 1, kDepthUnit = 4, kKc = 2048;
   static constexpr double kSerial = 4e6;
-  static constexpr bool kHasWinograd = false, kIsNonnegative = false;
+  static constexpr bool kHasWinograd = false, kIsNonnegative = false, kSaturates = false;
 
   static void Setup() {}
   static void Leave() {}

@@ -427,7 +427,9 @@ class Planner {
     for (Phase& phase : p.phases) {
       const int64_t packed =
           RoundUp(phase.depth * p.shape.nr * p.shape.element_bytes, kLine) * p.rhs_limbs.count;
-      phase.panel_bytes = RoundUp(packed + phase.blocks * p.shape.nr * int64_t{sizeof(int64_t)}, kLine);
+      const int64_t pairs = p.shape.saturates ? sizeof(LargePairs) : 0;
+      phase.panel_bytes =
+          RoundUp(packed + phase.blocks * (p.shape.nr * int64_t{sizeof(int64_t)} + pairs), kLine);
       phase.rhs_bytes = rhs;
       rhs += p.panels * phase.panel_bytes;
     }

@@ -58,6 +58,17 @@ struct Block {  // of the depth: summed in int32
   bool is_last;   // before the sums leave int32
 };
 
+// Of a block of a panel, for kernels that add two products in 16 bits: the neighbours of rhs for which that
+// may be too few.
+struct LargePairs {
+  static constexpr int64_t kMost = 63;
+  int64_t count;  // more than are listed: too many
+  struct Pair {
+    int64_t lhs;  // elements from a row's first
+    int64_t rhs;  // elements from the block's first
+  } pair[kMost];
+};
+
 struct Phase {  // pixels of the result that meet the same taps
   int first_block, blocks;
   int64_t depth;      // of a panel, all blocks

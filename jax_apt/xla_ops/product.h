@@ -93,6 +93,7 @@ struct KernelShape {
   double serial;          // multiply-adds that take one thread as long as it takes to wake another
   bool has_winograd;      // 16-bit elements whose int32 sums wrap
   bool is_nonnegative;    // bytes of lhs are codes of one limb, none negative; else codes + 128
+  bool saturates;  // adds two products of bytes in 16 bits: a panel lists the pairs for which these are few
 };
 
 struct Plan;
@@ -134,6 +135,7 @@ struct Kernels {
   MeasureErrorFn measure_error;
   MaxPoolGradientFn max_pool_gradient;
   const Kernels* nonnegative;  // quicker for lhs without negative codes, or null
+  const Kernels* small;        // quicker for bytes where hardly any of rhs is large, or null
 };
 
 extern const Kernels kScalarKernels;

@@ -26,7 +26,7 @@ struct AmxKernel {
   using Columns = VnniKernel<Vector512, 1>;  // the same panels
   static constexpr int64_t kGroup = 4, kMr = 32, kNr = 32, kRowUnit = 16, kDepthUnit = 64, kKc = 2048;
   static constexpr double kSerial = 96e6;
-  static constexpr bool kHasWinograd = false, kIsNonnegative = false;
+  static constexpr bool kHasWinograd = false, kIsNonnegative = false, kSaturates = false;
 
   static void Setup() {
     struct alignas(64) Config {

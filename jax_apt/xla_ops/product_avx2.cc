@@ -28,7 +28,7 @@ struct Avx2Kernel {
   using Columns = Avx2Kernel;
   static constexpr int64_t kGroup = 2, kMr = 6, kNr = 16, kRowUnit = 1, kDepthUnit = 2, kKc = 512;
   static constexpr double kSerial = 3e6;
-  static constexpr bool kHasWinograd = true, kIsNonnegative = false;
+  static constexpr bool kHasWinograd = true, kIsNonnegative = false, kSaturates = false;
 
   static void Setup() {}
   static void Leave() {}
@@ -110,12 +110,43 @@ struct Vector256 : Lanes256 {
 };
 
 struct Avx2NonnegativeKernel : VnniKernel<Vector256, 6> {
+  static constexpr double kSerial = 4e6;
   static constexpr bool kIsNonnegative = true;
+};
+
+// Bytes of lhs up to 255 are as quick where two neighbours of rhs add up to no more than 128 either way,
+// since 255 * 128 < 2^15. Where they do not, what saturates is added later, or, in a block that has many of
+// them, each product is kept apart from its neighbour.
+struct Apart256 : Lanes256 {
+  static Type MultiplyAdd(Type sum, Type a, Type b) {
+    const Type even = _mm256_and_si256(a, _mm256_set1_epi16(255)),
+               odd = _mm256_andnot_si256(_mm256_set1_epi16(255), a);
+    const Type ones = _mm256_set1_epi16(1);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(even, b), ones));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(odd, b), ones));
+  }
+};
+
+struct Avx2SmallKernel : VnniKernel<Vector256, 6> {
+  static constexpr double kSerial = 4e6;
+  static constexpr bool kSaturates = true;
+  using Apart = VnniKernel<Apart256, 6>;
+
+  // Whether a row of words has pairs that may saturate.
+  static bool HasLargePair(const Rhs* words) {
+    const __m256i ones = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
+    const __m256i first = _mm256_maddubs_epi16(ones, Lanes256::Load(words)),
+                  second = _mm256_maddubs_epi16(ones, Lanes256::Load(words + 32));
+    const __m256i largest = _mm256_max_epi16(_mm256_abs_epi16(first), _mm256_abs_epi16(second));
+    const __m256i is_large = _mm256_cmpgt_epi16(largest, most);
+    return _mm256_testz_si256(is_large, is_large) == 0;
+  }
 };
 
 }  // namespace
 
 const Kernels kAvx2NonnegativeKernels = KernelsOf<Avx2NonnegativeKernel>("avx2");
-const Kernels kAvx2Kernels = KernelsOf<Avx2Kernel>("avx2", &kAvx2NonnegativeKernels);
+const Kernels kAvx2SmallKernels = KernelsOf<Avx2SmallKernel>("avx2");
+const Kernels kAvx2Kernels = KernelsOf<Avx2Kernel>("avx2", &kAvx2NonnegativeKernels, &kAvx2SmallKernels);
 
 }  // namespace jax_apt

@@ -10,16 +10,18 @@
 //                tile[r * kNr + c] (+)= sum over the segments of lhs[r * lhs_stride + offset + k] * rhs[k][c]
 //   Setup, Leave what a thread does before its first and after its last Run
 //   Columns      a micro-kernel on the same panels that is quick for a single row
+//   Apart, HasLargePair   if it kSaturates: one that does not, and whether it may on a row of words
 
 #include "packing.h"
 #include "quantize_loops.h"
+#include "results.h"
 #include "vectors.h"
 
 template <class K>
 class Driver {
  public:
   Driver(const Plan& plan, const Product& product, uint8_t* scratch)
-      : p(plan), product(product), scratch(scratch) {}
+      : p(plan), product(product), results(plan, product), scratch(scratch) {}
 
   void Run(Parallel& parallel) {
     image_chunk =
@@ -33,14 +35,16 @@ class Driver {
  private:
   using Lhs = typename K::Lhs;
   using Rhs = typename K::Rhs;
-  static constexpr bool kIsBytes = sizeof(Lhs) == 1;
-  static constexpr int64_t kLhsOffset = K::kIsNonnegative ? 0 : 128;  // of the top limb's bytes
-  static constexpr int64_t kTile = K::kMr * K::kNr;
+  using Sums = typename Results<K>::Sums;
+  using Corrections = typename Results<K>::Corrections;
+  static constexpr bool kIsBytes = Results<K>::kIsBytes;
+  static constexpr int64_t kTile = Results<K>::kTile;
   static constexpr int64_t kChunkBytes = 32768;
   static constexpr int64_t kPanelsBytes = 256 * 1024;  // of rhs that stay in L2 beside a block of lhs
 
   const Plan& p;
   const Product& product;
+  const Results<K> results;
   uint8_t* const scratch;
   int64_t image_chunk = 0, image_tasks = 0;
 
@@ -155,7 +159,7 @@ class Driver {
       }
     }
     for (int64_t group = 0; group < Groups(); ++group)
-      for (int64_t i = panel; i < end; ++i) SumDigits(phase, block, Panel(group, phase, i));
+      for (int64_t i = panel; i < end; ++i) Finish(phase, block, Panel(group, phase, i));
   }
 
   struct Pixels {  // of a matrix some columns, `step` elements from pixel to pixel; of an image all
@@ -240,7 +244,7 @@ class Driver {
         }
       }
     for (int64_t i = 0; i < panels; ++i)
-      for (int b = 0; b < phase.blocks; ++b) SumDigits(phase, b, packed + i * phase.panel_bytes);
+      for (int b = 0; b < phase.blocks; ++b) Finish(phase, b, packed + i * phase.panel_bytes);
   }
 
   RowStarts StartsOf(const Segment& segment, int64_t start) const {
@@ -321,6 +325,56 @@ class Driver {
     }
   }
 
+  void Finish(const Phase& phase, int block, uint8_t* panel) const {
+    SumDigits(phase, block, panel);
+    if constexpr (K::kSaturates) ListLargePairs(phase, block, panel);
+  }
+
+  LargePairs& LargePairsOf(const Phase& phase, int block, uint8_t* panel) const {
+    return reinterpret_cast<LargePairs*>(DigitSums(panel, phase) + phase.blocks * K::kNr)[block];
+  }
+
+  void ListLargePairs(const Phase& phase, int block, uint8_t* panel) const {
+    constexpr int64_t kSeldom = 32;  // one in 8 * kSeldom
+    const Block& b = p.blocks[phase.first_block + block];
+    const Rhs* words = Words(panel, phase, 0) + b.rhs;
+    LargePairs& large = LargePairsOf(phase, block, panel);
+    const int64_t most = Min(LargePairs::kMost, b.depth / kSeldom);
+    int64_t row = 0, count = 0;
+    for (int s = 0; s < b.segments; ++s) {
+      const Segment& segment = p.segments[b.first_segment + s];
+      for (int64_t k = 0; k < segment.depth; k += K::kGroup, row += K::kGroup * K::kNr) {
+        if (!K::HasLargePair(words + row)) continue;
+        for (int64_t i = row; i < row + K::kGroup * K::kNr; i += 2) {
+          if (words[i] + words[i + 1] <= 128 && words[i] + words[i + 1] >= -128) continue;
+          if (count < most) large.pair[count] = {segment.lhs + k + i % K::kGroup, i};
+          if (++count > most) return void(large.count = LargePairs::kMost + 1);
+        }
+      }
+    }
+    large.count = count;
+  }
+
+  // A block's sums where two products may saturate: what they lack is added, or they are kept apart.
+  void RunSaturating(const Lhs* lhs, const Segment* segments, int count, const Rhs* words,
+                     const LargePairs& large, int rows, bool is_first, int32_t* tile) const {
+    if (large.count > LargePairs::kMost)
+      return K::Apart::Run(lhs, p.lhs_stride, segments, count, words, rows, is_first, tile);
+    K::Run(lhs, p.lhs_stride, segments, count, words, rows, is_first, tile);
+    for (int64_t i = 0; i < large.count; ++i) {
+      const Rhs* b = words + large.pair[i].rhs;
+      const Lhs* a = lhs + large.pair[i].lhs;
+      const int64_t column = large.pair[i].rhs / K::kGroup % K::kNr;
+      for (int r = 0; r < rows; ++r, a += p.lhs_stride) {
+        const int32_t sum = a[0] * b[0] + a[1] * b[1];
+        const int32_t lacking = sum > 32767 ? sum - 32767 : sum < -32768 ? sum + 32768 : 0;
+        uint32_t whole = static_cast<uint32_t>(tile[r * K::kNr + column]);
+        whole += static_cast<uint32_t>(lacking);  // modulo 2^32
+        tile[r * K::kNr + column] = static_cast<int32_t>(whole);
+      }
+    }
+  }
+
   // Sum over the limbs of 256^limb times the column sums of a block's digits: a product with a row of ones.
   void SumDigits(const Phase& phase, int block, uint8_t* panel) const {
     if constexpr (kIsBytes) {
@@ -344,12 +398,6 @@ class Driver {
   }
 
   // ---- Multiplication
-
-  // Where the sums of a task are kept: for each pair of limbs int32, then 64 bits.
-  struct Sums {
-    int32_t* narrow;
-    int64_t* wide;
-  };
 
   Sums SumsAt(int worker, int64_t slot) const {
     const int64_t pairs = p.lhs_limbs.count * p.rhs_limbs.count;
@@ -392,7 +440,7 @@ class Driver {
       const int64_t end = Min(first + panels, set + kPanelsAtOnce);
       if (b + 1 == phase.blocks)
         for (int64_t panel = set; panel < end; ++panel)
-          corrections[panel - set].Set(*this, phase, at.packed + panel * phase.panel_bytes);
+          corrections[panel - set].Set(p, phase, DigitSums(at.packed + panel * phase.panel_bytes, phase));
       int run = FindRun(phase, task.first_tile);
       for (int64_t tile = 0; tile < task.tiles; ++tile) {  // register blocks of rows
         while (run + 1 < phase.first_run + phase.runs && p.runs[run + 1].tile <= task.first_tile + tile)
@@ -419,28 +467,6 @@ class Driver {
     return low;
   }
 
-  // What the offsets of bytes call for, per column; see packing.h.
-  struct Corrections {
-    int64_t column[K::kNr];
-    int32_t narrow[K::kNr];
-    int64_t rest;  // times the row sums
-
-    void Set(const Driver& d, const Phase& phase, uint8_t* packed) {
-      rest = 0;
-      if constexpr (kIsBytes) {
-        const int64_t* sums = d.DigitSums(packed, phase);
-        const int64_t offset = kLhsOffset << (8 * (d.p.lhs_limbs.count - 1));
-        for (int64_t c = 0; c < K::kNr; ++c) {
-          int64_t sum = 0;
-          for (int b = 0; b < phase.blocks; ++b) sum += sums[b * K::kNr + c];
-          column[c] = offset * sum;
-          narrow[c] = static_cast<int32_t>(column[c]);
-        }
-        for (int limb = 0; limb + 1 < d.p.rhs_limbs.count; ++limb) rest += int64_t{128} << (8 * limb);
-      }
-    }
-  };
-
   void MultiplyTile(const Place& at, int b, int64_t panel, const RowRun& run, int64_t row, Sums sums,
                     const Corrections& corrections, const int64_t* row_sums) const {
     const Task& task = at.task;
@@ -453,21 +479,28 @@ class Driver {
     const Segment* segments = p.segments.data() + block.first_segment;
     int32_t* tile = sums.narrow;
     for (int i = 0; i < p.lhs_limbs.count; ++i)  // pairs of limbs
-      for (int j = 0; j < p.rhs_limbs.count; ++j, tile += kTile)
-        K::Run(LhsRows(i) + start, p.lhs_stride, segments, block.segments,
-               Words(packed, phase, j) + block.rhs, rows, is_first, tile);
+      for (int j = 0; j < p.rhs_limbs.count; ++j, tile += kTile) {
+        const Lhs* lhs = LhsRows(i) + start;
+        const Rhs* words = Words(packed, phase, j) + block.rhs;
+        if constexpr (K::kSaturates) {
+          RunSaturating(lhs, segments, block.segments, words, LargePairsOf(phase, b, packed), rows, is_first,
+                        tile);
+        } else {
+          K::Run(lhs, p.lhs_stride, segments, block.segments, words, rows, is_first, tile);
+        }
+      }
     if (!block.is_last) return;
     const bool is_done = b + 1 == phase.blocks;
-    if (p.is_wide && phase.blocks > 1) Widen(sums, rows, b == FirstLast(phase));
+    if (p.is_wide && phase.blocks > 1) results.Widen(sums, rows, b == FirstLast(phase));
     if (!is_done) return;
     float* out[K::kMr];
-    FindRows(phase, run, row, rows, out);
+    results.FindRows(phase, run, row, rows, out);
     const int64_t number = task.first_panel + panel;
     const int64_t column = task.group * p.out_group_step + number * K::kNr;
     if (p.is_wide) {
-      StoreWide(sums, phase.blocks > 1, rows, Width(number), column, corrections, row_sums, out);
+      results.StoreWide(sums, phase.blocks > 1, rows, Width(number), column, corrections, row_sums, out);
     } else {
-      StoreNarrow(sums.narrow, rows, Width(number), column, corrections, out);
+      results.StoreNarrow(sums.narrow, rows, Width(number), column, corrections, out);
     }
   }
 
@@ -483,24 +516,10 @@ class Driver {
     return b;
   }
 
-  void Widen(Sums sums, int rows, bool is_first) const {
-    const int32_t* narrow = sums.narrow;
-    for (int i = 0; i < p.lhs_limbs.count; ++i)
-      for (int j = 0; j < p.rhs_limbs.count; ++j, narrow += kTile) {
-        const int shift = p.lhs_limbs.limb[i].shift + p.rhs_limbs.limb[j].shift;
-        const bool is_set = is_first && i == 0 && j == 0;
-        int64_t* wide = sums.wide;
-        for (int64_t c = 0; c < rows * K::kNr; ++c) {  // an unsigned shift: a negative one is undefined
-          const auto term = static_cast<int64_t>(static_cast<uint64_t>(int64_t{narrow[c]}) << shift);
-          wide[c] = is_set ? term : wide[c] + term;
-        }
-      }
-  }
-
   // Sums of the codes of lhs, where they are bytes.
   void SumRows(const Phase& phase, int64_t start, int rows, int64_t* sums) const {
     if constexpr (kIsBytes) {
-      const int64_t offset = kLhsOffset << (8 * (p.lhs_limbs.count - 1));
+      const int64_t offset = Results<K>::kLhsOffset << (8 * (p.lhs_limbs.count - 1));
       for (int b = 0; b < phase.blocks; ++b) {
         const Block& block = p.blocks[phase.first_block + b];
         for (int s = 0; s < block.segments; ++s) {
@@ -514,87 +533,5 @@ class Driver {
         }
       }
     }
-  }
-
-  // ---- Storing
-
-  // Rows of the result, null for a grid point that is none.
-  void FindRows(const Phase& phase, const RowRun& run, int64_t row, int rows, float** out) const {
-    if (p.is_lhs_channels) {
-      for (int r = 0; r < rows; ++r) out[r] = product.out + (run.place * run.rows + row + r) * p.out_row;
-      return;
-    }
-    if (p.is_matrix) {
-      for (int r = 0; r < rows; ++r) out[r] = product.out + (row + r) * p.out_row;
-      return;
-    }
-    const int64_t first = (phase.low[0] * p.grid[1] + phase.low[1]) * p.grid[2] + phase.low[2] + row;
-    int64_t x = first % p.grid[2], y = first / p.grid[2] % p.grid[1], z = first / p.grid[2] / p.grid[1];
-    for (int r = 0; r < rows; ++r) {
-      const bool is_pixel =
-          x >= phase.low[2] && x <= phase.high[2] && y >= phase.low[1] && y <= phase.high[1];
-      const int64_t pixel = ((run.place * p.result[0] + z * phase.scale[0] + phase.shift[0]) * p.result[1] +
-                             y * phase.scale[1] + phase.shift[1]) *
-                                p.result[2] +
-                            x * phase.scale[2] + phase.shift[2];
-      out[r] = is_pixel ? product.out + pixel * p.out_row : nullptr;
-      if (++x == p.grid[2]) x = 0, ++y;
-      if (y == p.grid[1]) y = 0, ++z;
-    }
-  }
-
-  // Powers of two multiply exactly; the smaller first keeps both steps within float32's range.
-  float LowScale() const { return PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent)); }
-  float HighScale() const { return PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent)); }
-
-  void StoreNarrow(const int32_t* sums, int rows, int64_t width, int64_t column,
-                   const Corrections& corrections, float* const* out) const {
-    const float low = LowScale(), high = HighScale();
-    const auto store = [&](int64_t columns) {
-      for (int r = 0; r < rows; ++r) {
-        if (out[r] == nullptr) continue;
-        float* to = out[r] + column;
-        const int32_t* from = sums + r * K::kNr;
-        for (int64_t c = 0; c < columns; ++c) {  // modulo 2^32: only the final sum must fit
-          uint32_t sum = static_cast<uint32_t>(from[c]);
-          if constexpr (kIsBytes) sum -= static_cast<uint32_t>(corrections.narrow[c]);
-          to[c] = static_cast<float>(static_cast<int32_t>(sum)) * low * high;
-        }
-      }
-    };
-    if (width == K::kNr) return store(K::kNr);
-    store(width);
-  }
-
-  void StoreWide(Sums sums, bool are_widened, int rows, int64_t width, int64_t column,
-                 const Corrections& corrections, const int64_t* row_sums, float* const* out) const {
-    const float low = LowScale(), high = HighScale();
-    for (int r = 0; r < rows; ++r) {
-      if (out[r] == nullptr) continue;
-      int64_t sum[K::kNr];
-      const int64_t row = corrections.rest * row_sums[r];
-      for (int64_t c = 0; c < K::kNr; ++c) sum[c] = row - (kIsBytes ? corrections.column[c] : 0);
-      if (are_widened) {
-        for (int64_t c = 0; c < K::kNr; ++c) sum[c] += sums.wide[r * K::kNr + c];
-      } else {
-        AddPairs(sums.narrow + r * K::kNr, sum);
-      }
-      float* to = out[r] + column;
-      if (width == K::kNr) {
-        for (int64_t c = 0; c < K::kNr; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
-      } else {
-        for (int64_t c = 0; c < width; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
-      }
-    }
-  }
-
-  // The narrow sums of a row, one kTile behind the other.
-  void AddPairs(const int32_t* narrow, int64_t* sum) const {
-    for (int i = 0; i < p.lhs_limbs.count; ++i)
-      for (int j = 0; j < p.rhs_limbs.count; ++j, narrow += kTile) {
-        const int shift = p.lhs_limbs.limb[i].shift + p.rhs_limbs.limb[j].shift;
-        for (int64_t c = 0; c < K::kNr; ++c)  // an unsigned shift: a negative one is undefined
-          sum[c] += static_cast<int64_t>(static_cast<uint64_t>(int64_t{narrow[c]}) << shift);
-      }
   }
 };

@@ -20,7 +20,7 @@ struct ScalarKernel {
   using Columns = ScalarKernel;
   static constexpr int64_t kGroup = 2, kMr = 4, kNr = 4, kRowUnit = 1, kDepthUnit = 2, kKc = 512;
   static constexpr double kSerial = 2e5;
-  static constexpr bool kHasWinograd = false, kIsNonnegative = false;
+  static constexpr bool kHasWinograd = false, kIsNonnegative = false, kSaturates = false;
 
   static void Setup() {}
   static void Leave() {}

@@ -53,15 +53,37 @@ bool IsNonnegative(const uint8_t* bytes, int64_t count) {
   return true;
 }
 
-// A ReLU's output, say, may have kernels of its own.
+// Whether at most 1 code in 16 exceeds 64, by looking at about `most` of them. Gradients, which may be floats
+// still, are bell-shaped.
+bool AreSmall(const Product& product, int64_t most) {
+  if (product.rhs.bits > 8) return false;
+  if (product.rhs.floats != nullptr) return true;
+  constexpr int64_t kRun = 512;
+  const int64_t count = SizesOf(product.kind, product.geometry).rhs;
+  const int64_t runs = std::max<int64_t>(1, std::min(count, most) / kRun), step = count / runs;
+  int64_t large = 0, seen = 0;
+  for (int64_t i = 0; i < runs; ++i) {
+    const uint8_t* bytes = product.rhs.plane[0] + i * step;
+    const int64_t some = std::min(kRun, step);
+    for (int64_t j = 0; j < some; ++j) large += static_cast<uint8_t>(bytes[j] - 64) > 128 ? 1 : 0;
+    seen += some;
+  }
+  return 16 * large <= seen;
+}
+
+// A ReLU's output, or codes of which hardly any is large, may have kernels of their own.
 const Kernels& Choose(const Kernels& kernels, const std::vector<Product>& products) {
-  if (kernels.nonnegative == nullptr || products[0].geometry.groups != 1) return kernels;
-  if (IsWinograd(products[0], kernels.shape)) return kernels;
-  for (const Product& product : products)
-    if (product.lhs.bits > 8 ||
-        !IsNonnegative(product.lhs.plane[0], SizesOf(product.kind, product.geometry).lhs))
-      return kernels;
-  return *kernels.nonnegative;
+  constexpr int64_t kSeen = 1 << 16;
+  if (products[0].geometry.groups != 1 || IsWinograd(products[0], kernels.shape)) return kernels;
+  const auto all = [&](auto is) { return std::all_of(products.begin(), products.end(), is); };
+  if (!all([](const Product& p) { return p.lhs.bits <= 8; })) return kernels;
+  if (kernels.nonnegative != nullptr &&
+      all([](const Product& p) { return IsNonnegative(p.lhs.plane[0], SizesOf(p.kind, p.geometry).lhs); }))
+    return *kernels.nonnegative;
+  const int64_t most = kSeen / static_cast<int64_t>(products.size());
+  if (kernels.small != nullptr && all([&](const Product& p) { return AreSmall(p, most); }))
+    return *kernels.small;
+  return kernels;
 }
 
 double MultiplyAdds(const Product& product) {  // of limbs

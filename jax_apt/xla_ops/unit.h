@@ -23,10 +23,11 @@ void RunProduct(const Plan& plan, const Product& product, uint8_t* scratch, Para
 
 // What the unit offers.
 template <class K>
-constexpr Kernels KernelsOf(const char* name, const Kernels* nonnegative = nullptr) {
+constexpr Kernels KernelsOf(const char* name, const Kernels* nonnegative = nullptr,
+                            const Kernels* small = nullptr) {
   constexpr KernelShape kShape = {
-      K::kMr, K::kNr,     K::kRowUnit,     K::kDepthUnit,    sizeof(typename K::Lhs),
-      K::kKc, K::kSerial, K::kHasWinograd, K::kIsNonnegative};
-  return {name,         kShape,       RunProduct<K>,   Quantize,   QuantizeAtRandom,
-          MeasureRange, MeasureError, MaxPoolGradient, nonnegative};
+      K::kMr, K::kNr,     K::kRowUnit,     K::kDepthUnit,     sizeof(typename K::Lhs),
+      K::kKc, K::kSerial, K::kHasWinograd, K::kIsNonnegative, K::kSaturates};
+  return {name,         kShape,       RunProduct<K>,   Quantize,    QuantizeAtRandom,
+          MeasureRange, MeasureError, MaxPoolGradient, nonnegative, small};
 }

@@ -50,7 +50,7 @@ struct VnniKernel {
   static constexpr int64_t kGroup = 4, kMr = kMaxRows, kNr = 2 * Vector::kLanes;
   static constexpr int64_t kRowUnit = 1, kDepthUnit = 4, kKc = 2048;
   static constexpr double kSerial = 1e6 * Vector::kLanes;
-  static constexpr bool kHasWinograd = false, kIsNonnegative = false;
+  static constexpr bool kHasWinograd = false, kIsNonnegative = false, kSaturates = false;
 
   static void Setup() {}
   static void Leave() {}
