@@ -10,7 +10,7 @@ _SOURCE = pathlib.Path(__file__).with_name("ceilings.c")
 
 # What bounds an exact product on an instruction set of `jax_apt.xla_ops`: kernel of each operand width.
 _BY_ISA = {
-    "avx2": {8: "avx2 s16 vpmaddwd", 16: "avx2 s16 vpmaddwd"},
+    "avx2": {8: "avx2 u8s8 vpmaddubsw", 16: "avx2 s16 vpmaddwd"},
     "avxvnni": {8: "avxvnni u8s8 vpdpbusd", 16: "avx2 s16 vpmaddwd"},
     "avx512vnni": {8: "avx512vnni u8s8 vpdpbusd", 16: "avx512vnni s16 vpdpwssd"},
     "amx": {8: "amx u8s8 tdpbusd", 16: "avx512vnni s16 vpdpwssd"},
