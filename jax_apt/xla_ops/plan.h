@@ -58,8 +58,8 @@ struct Block {  // of the depth: summed in int32
   bool is_last;   // before the sums leave int32
 };
 
-// Of a block of a panel, for kernels that add two products in 16 bits: the neighbours of rhs for which that
-// may be too few.
+// Of a block of a panel, for kernels that add two products in 16 bits: the neighbours of rhs so large that
+// this may saturate.
 struct LargePairs {
   static constexpr int64_t kMost = 63;
   int64_t count;  // more than are listed: too many

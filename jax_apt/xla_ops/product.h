@@ -93,7 +93,7 @@ struct KernelShape {
   double serial;          // multiply-adds that take one thread as long as it takes to wake another
   bool has_winograd;      // 16-bit elements whose int32 sums wrap
   bool is_nonnegative;    // bytes of lhs are codes of one limb, none negative; else codes + 128
-  bool saturates;  // adds two products of bytes in 16 bits: a panel lists the pairs for which these are few
+  bool saturates;         // adds two products of bytes in 16 bits: a panel lists where that may saturate
 };
 
 struct Plan;

@@ -84,19 +84,19 @@ struct Codes {
 
 Codes DrawCodes(Random& random, int64_t count, int bits) {
   const int64_t most = (int64_t{1} << (bits - 1)) - 1;
-  // Any code; the largest of any sign; of one sign; zeros; small ones, with runs of large ones, seldom or
-  // often.
-  const int64_t style = random.Int(0, 6), seldom = random.Pick({30, 300, 3000}), small = (most + 1) / 2;
+  const int64_t style = random.Int(0, 6), small = (most + 1) / 2, seldom = random.Pick({30, 300, 3000});
+  int64_t run = 0;  // of large ones
+  const auto draw = [&](int64_t i) {
+    if (style < 2) return random.Int(-most, most);
+    if (style == 2) return random.Int(0, 1) != 0 ? most : -most;
+    if (style == 3) return most;
+    if (style == 4) return i % 2 != 0 ? -most : 0;
+    run = random.Int(1, seldom) == 1 ? 40 : run - 1;
+    if (run <= 0) return random.Int(-small, small);
+    return style == 5 ? most : -most;
+  };
   Codes result;
-  int64_t run = 0;
-  for (int64_t i = 0; i < count; ++i)
-    result.codes.push_back(static_cast<int32_t>(
-        style > 4    ? ((run = random.Int(1, seldom) == 1 ? 40 : run - 1) > 0 ? (style == 5 ? most : -most)
-                                                                              : random.Int(-small, small))
-        : style < 2  ? random.Int(-most, most)
-        : style == 2 ? (random.Int(0, 1) != 0 ? most : -most)
-        : style == 3 ? most
-                     : (i % 2 != 0 ? -most : 0)));
+  for (int64_t i = 0; i < count; ++i) result.codes.push_back(static_cast<int32_t>(draw(i)));
   for (int limb = 0; limb < LimbCount(bits); ++limb)
     for (const int32_t code : result.codes)
       result.planes.push_back(static_cast<uint8_t>((code + (1 << (8 * LimbCount(bits) - 1))) >> (8 * limb)));
