@@ -98,17 +98,41 @@ struct WinogradTransforms {
     return __builtin_convertvector(high, Codes) - 128 + (__builtin_convertvector(low, Codes) >> 7);
   }
 
-  static constexpr int64_t kBeside = -1;  // a pixel beside the image, which is zero
+  static constexpr int64_t kBeside = -1;  // a pixel beside the images, which is zero
 
-  // Where the size x size pixels from (y, x) on of image n begin.
+  // Where the size x size pixels from (y, x) on of a canvas begin in the images.
   template <int kSize>
-  static void FindPixels(const int64_t* source, int64_t channels, int64_t n, int64_t y, int64_t x,
-                         int64_t* pixels) {
-    for (int64_t i = y; i < y + kSize; ++i)
-      for (int64_t j = x; j < x + kSize; ++j) {
-        const bool is_inside = i >= 0 && i < source[1] && j >= 0 && j < source[2];
-        *pixels++ = is_inside ? ((n * source[1] + i) * source[2] + j) * channels : kBeside;
+  static void FindPixels(const WinogradPlan& w, const int64_t* image, int64_t channels, int64_t canvas,
+                         int64_t y, int64_t x, int64_t* pixels) {
+    const int64_t first = canvas * w.images_on_canvas;
+    int64_t number[kSize], column[kSize];
+    for (int64_t j = 0; j < kSize; ++j) FindPlace(x + j, image[1], w.gap, number[j], column[j]);
+    for (int64_t i = 0; i < kSize; ++i) {
+      int64_t line, row;
+      FindPlace(y + i, image[0], w.gap, line, row);
+      for (int64_t j = 0; j < kSize; ++j) {
+        const int64_t n = first + line * w.across + number[j];
+        const bool is_inside = row != kBeside && column[j] != kBeside && number[j] < w.across && n < w.images;
+        *pixels++ = is_inside ? ((n * image[0] + row) * image[1] + column[j]) * channels : kBeside;
       }
+    }
+  }
+
+  struct Place {
+    int64_t canvas, y, x;  // the first pixel
+  };
+
+  static Place PlaceOf(const WinogradPlan& w, int64_t tile) {
+    return {tile / w.tile_columns / w.tile_rows, tile / w.tile_columns % w.tile_rows * 4,
+            tile % w.tile_columns * 4};
+  }
+
+  // In which image of a row of them a canvas has a pixel, and where there.
+  static void FindPlace(int64_t at, int64_t size, int64_t gap, int64_t& number, int64_t& pixel) {
+    number = 0, pixel = at < 0 ? kBeside : at;
+    if (at < size) return;
+    number = at / (size + gap), pixel = at % (size + gap);
+    if (pixel >= size) pixel = kBeside;
   }
 
   static Codes ReadPixel(const Operand& operand, int limb, int64_t pixel, int64_t c, int64_t count) {
@@ -134,30 +158,35 @@ class Winograd : WinogradTransforms {
       : w(plan.winograd), product(product), scratch(scratch) {}
 
   void Run(Parallel& parallel) {
-    parallel.Run(
-        w.rhs_limbs * w.panels * w.blocks + (w.is_shared ? w.groups : 0),
-        [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
-    const int64_t tasks = w.groups * (w.is_shared ? w.panels : 1);
-    parallel.Run(
-        tasks, [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); }, this);
+    input_tasks = w.is_shared ? CeilDiv(w.tiles, kTilesPerTask) : 0;
+    const int64_t weights = w.is_rhs_own ? 0 : w.rhs_limbs * w.panels * w.blocks;
+    const auto prepare = [](void* self, int64_t task, int) { Self(self)->Prepare(task); };
+    const auto multiply = [](void* self, int64_t task, int worker) { Self(self)->Multiply(task, worker); };
+    const int64_t tasks = w.is_rhs_own ? w.panels : w.is_shared ? w.groups * w.panels : w.groups;
+    parallel.Run({input_tasks + weights, prepare}, {tasks, multiply}, this);
   }
 
  private:
   static_assert(K::kNr == kLanes && sizeof(typename K::Lhs) == 2, "panels of 16 columns");
 
+  static constexpr int64_t kTilesPerTask = 4;
+
   const WinogradPlan& w;
   const Product& product;
   uint8_t* const scratch;
+  int64_t input_tasks = 0;
 
   static Winograd* Self(void* self) { return static_cast<Winograd*>(self); }
   bool IsForward() const { return product.kind == Kind::kForward; }
 
-  // (limbs, panels, blocks, planes, depth of a block, 16 columns), in words of two depths
-  int16_t* Weights(int limb, int64_t panel, int64_t block, int64_t plane) const {
-    auto* start = reinterpret_cast<int16_t*>(scratch);
-    const int64_t at = ((limb * w.panels + panel) * w.blocks + block) * kPlanes + plane;
-    return start + at * w.block_depth * kLanes;
+  // Of a block of a panel: (limbs, planes, depth, 16 columns), in words of two depths
+  int16_t* Weights(int64_t panel, int64_t block, int worker) const {
+    const int64_t elements = w.rhs_limbs * WeightLimb();
+    if (w.is_rhs_own) return reinterpret_cast<int16_t*>(Own(worker) + w.weights_offset);
+    return reinterpret_cast<int16_t*>(scratch) + (panel * w.blocks + block) * elements;
   }
+  int64_t WeightLimb() const { return kPlanes * w.block_depth * kLanes; }
+  uint8_t* Own(int worker) const { return scratch + w.worker_offset + worker * w.worker_bytes; }
   // (limbs, planes, tiles, depth); the planes lie a line further apart, so that they do not share an L1 set
   int16_t* InputOf(int64_t group, int worker, int limb) const {
     auto* start = reinterpret_cast<int16_t*>(scratch + w.input_offset);
@@ -167,50 +196,74 @@ class Winograd : WinogradTransforms {
   int64_t Depth() const { return w.blocks * w.block_depth; }
   // Of a worker: (limbs, planes, tiles, 16 columns)
   int32_t* Products(int worker, int limb) const {
-    auto* start = reinterpret_cast<int32_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
-    return start + limb * kPlanes * ProductPlane();
+    return reinterpret_cast<int32_t*>(Own(worker)) + limb * kPlanes * ProductPlane();
   }
   int64_t ProductPlane() const { return (w.tiles_per_group + K::kMr) * kLanes; }
-  // Sums over blocks (limbs, tiles, 16 pixels, 16 columns)
-  int32_t* Totals(int worker, int limb, int64_t tile) const {
-    return Products(worker, w.limbs) + (limb * w.tiles_per_group + tile) * 16 * kLanes;
+  // Sums over blocks: (groups, limbs, tiles, 16 pixels, 16 columns)
+  int32_t* Totals(int worker, int64_t group, int limb, int64_t tile) const {
+    const int64_t number = w.is_rhs_own ? group : 0;
+    return Products(worker, w.limbs) + ((number * w.limbs + limb) * w.tiles_per_group + tile) * 16 * kLanes;
   }
 
   void Prepare(int64_t task) {
-    const int64_t weights = w.rhs_limbs * w.panels * w.blocks;
-    if (task >= weights) return TransformInput(task - weights, 0);
-    const int64_t panel = task / w.blocks % w.panels;
-    TransformWeights(static_cast<int>(task / w.blocks / w.panels), panel, task % w.blocks);
+    if (task < input_tasks) {
+      const int64_t first = task * kTilesPerTask;
+      return TransformInput(first, Min(w.tiles, first + kTilesPerTask), 0);
+    }
+    task -= input_tasks;
+    const int64_t block = task % w.blocks, panel = task / w.blocks % w.panels;
+    TransformWeights(static_cast<int>(task / w.blocks / w.panels), panel, block, Weights(panel, block, 0));
   }
 
   // ---- Weights
 
-  void TransformWeights(int limb, int64_t panel, int64_t block) {
+  void TransformWeights(int limb, int64_t panel, int64_t block, int16_t* weights) const {
     const int64_t first = block * w.block_depth;
+    weights += limb * WeightLimb();
     for (int64_t k = 0; k < w.block_depth; k += kLanes) {
       int16_t taps[9][kLanes][kLanes];  // [depth][column]
-      for (int t = 0; t < 9; ++t) ReadTap(limb, IsForward() ? t : 8 - t, first + k, panel * kLanes, taps[t]);
+      for (int t = 0; t < 9; ++t)
+        IsForward() ? ReadTap(limb, t, first + k, panel * kLanes, taps[t])
+                    : ReadTapAlong(limb, 8 - t, first + k, panel * kLanes, taps[t]);
       for (int64_t i = 0; i < kLanes; i += 2) {
         Codes even[kPlanes], odd[kPlanes];
         TransformFilter(taps, i, even), TransformFilter(taps, i + 1, odd);
         for (int plane = 0; plane < kPlanes; ++plane)
-          Interleave(even[plane], odd[plane], Weights(limb, panel, block, plane) + (k + i) * kLanes);
+          Interleave(even[plane], odd[plane], weights + (plane * w.block_depth + k + i) * kLanes);
       }
     }
   }
 
   // 16 depths of 16 columns of a tap; zeros beside the filter.
   void ReadTap(int limb, int tap, int64_t depth, int64_t column, int16_t (*out)[kLanes]) const {
-    const Geometry& g = product.geometry;
-    const int64_t depths = Min(kLanes, w.source_channels - depth), columns = Min(kLanes, w.columns - column);
-    const int64_t from = tap * g.in_channels * g.out_channels;
-    const int64_t rows = IsForward() ? depths : columns, count = IsForward() ? columns : depths;
-    const int64_t row = IsForward() ? depth : column, first = IsForward() ? column : depth;
+    const int64_t from = (tap * w.source_channels + depth) * w.columns + column;
     for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t at = from + (row + i) * g.out_channels + first;
-      const Codes codes = i < rows && count > 0 ? ReadCodes(product.rhs, limb, at, count) : Codes{};
-      if (IsForward()) __builtin_memcpy(out[i], &codes, sizeof(codes));
-      for (int64_t k = 0; k < kLanes && !IsForward(); ++k) out[k][i] = codes[k];
+      const bool is_there = depth + i < w.source_channels;
+      const Codes codes =
+          is_there ? ReadCodes(product.rhs, limb, from + i * w.columns, w.columns - column) : Codes{};
+      __builtin_memcpy(out[i], &codes, sizeof(codes));
+    }
+  }
+
+  // The same where the depth is contiguous in memory.
+  void ReadTapAlong(int limb, int tap, int64_t depth, int64_t column, int16_t (*out)[kLanes]) const {
+    uint8_t across[2][kLanes][kLanes];
+    Operand operand = product.rhs;
+    for (int plane = 0; plane < LimbCount(operand.bits); ++plane) {
+      const uint8_t rest = plane + 1 == LimbCount(operand.bits) ? 128 : 0;
+      const uint8_t* from = product.rhs.plane[plane] + (tap * w.columns + column) * w.source_channels + depth;
+      uint8_t along[kLanes][kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t count = column + i < w.columns ? w.source_channels - depth : 0;
+        const Bytes bytes = ReadBytes(from + i * w.source_channels, count, rest);
+        __builtin_memcpy(along[i], &bytes, sizeof(bytes));
+      }
+      Transpose(along[0], kLanes, kLanes, across[plane][0], kLanes);
+      operand.plane[plane] = across[plane][0];
+    }
+    for (int64_t k = 0; k < kLanes; ++k) {
+      const Codes codes = ReadCodes(operand, limb, k * kLanes, kLanes);
+      __builtin_memcpy(out[k], &codes, sizeof(codes));
     }
   }
 
@@ -222,16 +275,14 @@ class Winograd : WinogradTransforms {
 
   // ---- Input
 
-  void TransformInput(int64_t group, int worker) const {
-    const int64_t first = group * w.tiles_per_group;
-    const int64_t tiles = Min(w.tiles_per_group, w.tiles - first);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t x = (first + t) % w.tile_columns, y = (first + t) / w.tile_columns % w.tile_rows;
-      const int64_t n = (first + t) / w.tile_columns / w.tile_rows;
+  void TransformInput(int64_t first, int64_t end, int worker) const {
+    for (int64_t tile = first; tile < end; ++tile) {
+      const Place at = PlaceOf(w, tile);
       int64_t pixels[kPlanes];
-      FindPixels<6>(w.source, w.source_channels, n, 4 * y - w.pad[0], 4 * x - w.pad[1], pixels);
+      FindPixels<6>(w, w.source, w.source_channels, at.canvas, at.y - w.pad[0], at.x - w.pad[1], pixels);
+      const int64_t group = tile / w.tiles_per_group;
       for (int limb = 0; limb < w.lhs_limbs; ++limb)
-        TransformTile(pixels, limb, InputOf(group, worker, limb) + t * Depth());
+        TransformTile(pixels, limb, InputOf(group, worker, limb) + tile % w.tiles_per_group * Depth());
     }
   }
 
@@ -250,34 +301,43 @@ class Winograd : WinogradTransforms {
   // ---- Products
 
   void Multiply(int64_t task, int worker) const {
-    const int64_t group = w.is_shared ? task / w.panels : task;
-    if (!w.is_shared) TransformInput(group, worker);
-    if (w.is_shared) return MultiplyPanel(group, task % w.panels, worker);
-    for (int64_t panel = 0; panel < w.panels; ++panel) MultiplyPanel(group, panel, worker);
+    if (w.is_rhs_own) return MultiplyPanel(task, 0, w.groups, worker);
+    if (w.is_shared) return MultiplyPanel(task % w.panels, task / w.panels, task / w.panels + 1, worker);
+    TransformInput(task * w.tiles_per_group, Min(w.tiles, (task + 1) * w.tiles_per_group), worker);
+    for (int64_t panel = 0; panel < w.panels; ++panel) MultiplyPanel(panel, task, task + 1, worker);
   }
 
-  void MultiplyPanel(int64_t group, int64_t panel, int worker) const {
-    const int64_t first = group * w.tiles_per_group;
-    const int64_t tiles = Min(w.tiles_per_group, w.tiles - first);
+  void MultiplyPanel(int64_t panel, int64_t first, int64_t end, int worker) const {
     for (int64_t block = 0; block < w.blocks; ++block) {
-      for (int64_t plane = 0; plane < kPlanes; ++plane)
-        for (int limb = 0; limb < w.limbs; ++limb) MultiplyPlane(group, panel, worker, block, plane, limb);
-      for (int limb = 0; limb < w.limbs; ++limb)
-        for (int64_t t = 0; t < tiles; ++t)
-          TransformProducts(Products(worker, limb) + t * kLanes, block == 0, Totals(worker, limb, t));
+      int16_t* weights = Weights(panel, block, worker);
+      for (int limb = 0; w.is_rhs_own && limb < w.rhs_limbs; ++limb)
+        TransformWeights(limb, panel, block, weights);
+      for (int64_t group = first; group < end; ++group) {
+        for (int64_t plane = 0; plane < kPlanes; ++plane)
+          for (int limb = 0; limb < w.limbs; ++limb)
+            MultiplyPlane(group, worker, block, weights, plane, limb);
+        for (int limb = 0; limb < w.limbs; ++limb)
+          for (int64_t t = 0; t < Tiles(group); ++t)
+            TransformProducts(Products(worker, limb) + t * kLanes, block == 0,
+                              Totals(worker, group, limb, t));
+      }
     }
-    for (int64_t t = 0; t < tiles; ++t)
-      Store(first + t, panel, Totals(worker, 0, t), w.limbs == 1 ? nullptr : Totals(worker, 1, t));
+    for (int64_t group = first; group < end; ++group)
+      for (int64_t t = 0; t < Tiles(group); ++t)
+        Store(group * w.tiles_per_group + t, panel, Totals(worker, group, 0, t),
+              w.limbs == 1 ? nullptr : Totals(worker, group, 1, t));
   }
 
-  void MultiplyPlane(int64_t group, int64_t panel, int worker, int64_t block, int64_t plane, int limb) const {
-    const int64_t tiles = Min(w.tiles_per_group, w.tiles - group * w.tiles_per_group);
+  int64_t Tiles(int64_t group) const { return Min(w.tiles_per_group, w.tiles - group * w.tiles_per_group); }
+
+  void MultiplyPlane(int64_t group, int worker, int64_t block, const int16_t* weights, int64_t plane,
+                     int limb) const {
     const int16_t* input = InputOf(group, worker, w.lhs_limbs == 1 ? 0 : limb) + plane * InputPlane();
-    const int16_t* weights = Weights(w.rhs_limbs == 1 ? 0 : limb, panel, block, plane);
+    weights += (w.rhs_limbs == 1 ? 0 : limb) * WeightLimb() + plane * w.block_depth * kLanes;
     const Segment segment{0, w.block_depth, 0, 0};
-    for (int64_t t = 0; t < tiles; t += K::kMr)
+    for (int64_t t = 0; t < Tiles(group); t += K::kMr)
       K::Run(input + t * Depth() + block * w.block_depth, Depth(), &segment, 1, weights,
-             static_cast<int>(Min(K::kMr, tiles - t)), true,
+             static_cast<int>(Min(K::kMr, Tiles(group) - t)), true,
              Products(worker, limb) + plane * ProductPlane() + t * kLanes);
   }
 
@@ -298,22 +358,21 @@ class Winograd : WinogradTransforms {
   void Store(int64_t tile, int64_t panel, const int32_t* low_limb, const int32_t* high_limb) const {
     const float low = PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent));
     const float high = PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent));
-    const int64_t x = tile % w.tile_columns * 4, y = tile / w.tile_columns % w.tile_rows * 4,
-                  n = tile / w.tile_columns / w.tile_rows;
+    const Place at = PlaceOf(w, tile);
+    int64_t pixels[16];
+    FindPixels<4>(w, w.result, w.columns, at.canvas, at.y, at.x, pixels);
     const int64_t width = Min(kLanes, w.columns - panel * kLanes);
-    for (int64_t i = 0; i < Min(4, w.result[1] - y); ++i)
-      for (int64_t j = 0; j < Min(4, w.result[2] - x); ++j) {
-        float* out =
-            product.out + ((n * w.result[1] + y + i) * w.result[2] + x + j) * w.columns + panel * kLanes;
-        float sums[kLanes];
-        Round(low_limb + (4 * i + j) * kLanes,
-              high_limb == nullptr ? nullptr : high_limb + (4 * i + j) * kLanes, sums);
-        if (width == kLanes) {
-          for (int64_t c = 0; c < kLanes; ++c) out[c] = sums[c] * low * high;
-        } else {
-          for (int64_t c = 0; c < width; ++c) out[c] = sums[c] * low * high;
-        }
+    for (int64_t i = 0; i < 16; ++i) {
+      if (pixels[i] == kBeside) continue;
+      float* out = product.out + pixels[i] + panel * kLanes;
+      float sums[kLanes];
+      Round(low_limb + i * kLanes, high_limb == nullptr ? nullptr : high_limb + i * kLanes, sums);
+      if (width == kLanes) {
+        for (int64_t c = 0; c < kLanes; ++c) out[c] = sums[c] * low * high;
+      } else {
+        for (int64_t c = 0; c < width; ++c) out[c] = sums[c] * low * high;
       }
+    }
   }
 
   // Rounded once: a double holds the sum of two limbs.
@@ -329,10 +388,11 @@ class Winograd : WinogradTransforms {
 
 // The filter gradient. Input and gradient tiles lie in pairs, so that a word holds two tiles of a channel:
 //
-//   input      (limbs, planes, pairs of tiles, channels, 2)
+//   input      (limbs, planes, 48 channels each, pairs of tiles, 48 channels, 2)
 //   gradient   (limbs, panels, planes, pairs of tiles, 16 channels, 2)
 //
-// A task sums some input channels of a panel over all tiles, `kTiles` at a time.
+// so that a register block reads what lies together. A task sums some input channels of a panel over all
+// tiles that are transformed, `kTiles` at a time.
 template <class K>
 class WinogradFilterGradient : WinogradTransforms {
  public:
@@ -340,41 +400,53 @@ class WinogradFilterGradient : WinogradTransforms {
       : w(plan.winograd), g(product.geometry), product(product), scratch(scratch) {}
 
   void Run(Parallel& parallel) {
-    const int64_t chunks = CeilDiv(w.pairs, kPairsPerTask);
-    parallel.Run(chunks, [](void* self, int64_t task, int) { Self(self)->Prepare(task); }, this);
-    parallel.Run(
-        CeilDiv(g.in_channels, w.rows_per_task) * w.panels,
-        [](void* self, int64_t task, int worker) { Self(self)->Sum(task, worker); }, this);
+    const auto prepare = [](void* self, int64_t task, int) { Self(self)->Prepare(task); };
+    const auto sum = [](void* self, int64_t task, int worker) { Self(self)->Sum(task, worker); };
+    for (; first_pair < w.pairs; first_pair += w.pairs_at_once)
+      parallel.Run({CeilDiv(Pairs(), kPairsPerTask), prepare},
+                   {CeilDiv(g.in_channels, w.rows_per_task) * w.panels, sum}, this);
   }
 
  private:
   static constexpr int64_t kTiles = kWinogradTiles, kPairsPerTask = 4;
   static_assert(K::kNr == kLanes && K::kGroup == 2 && sizeof(typename K::Lhs) == 2, "words of 16 columns");
+  static_assert(kWinogradRows % K::kMr == 0 && kWinogradRows % kLanes == 0, "whole blocks and vectors");
 
   const WinogradPlan& w;
   const Geometry& g;
   const Product& product;
   uint8_t* const scratch;
+  int64_t first_pair = 0;  // of those that are transformed
 
   static WinogradFilterGradient* Self(void* self) { return static_cast<WinogradFilterGradient*>(self); }
 
-  int64_t Channels() const { return RoundUp(g.in_channels, kLanes); }
-  int16_t* InputOf(int limb, int64_t plane, int64_t pair) const {
-    return reinterpret_cast<int16_t*>(scratch) + ((limb * kPlanes + plane) * w.pairs + pair) * 2 * Channels();
+  int64_t Pairs() const { return Min(w.pairs_at_once, w.pairs - first_pair); }
+
+  // Channels that lie together with channel c.
+  int64_t Together(int64_t c) const {
+    return Min(kWinogradRows, RoundUp(g.in_channels, kLanes) - c / kWinogradRows * kWinogradRows);
+  }
+  int16_t* InputOf(int limb, int64_t plane, int64_t pair, int64_t c) const {
+    const int64_t rest = c % kWinogradRows, at = (c - rest) * w.pairs_at_once + pair * Together(c) + rest;
+    return reinterpret_cast<int16_t*>(scratch) + (limb * kPlanes + plane) * w.x_plane + 2 * at;
   }
   int16_t* GradientOf(int limb, int64_t panel, int64_t plane, int64_t pair) const {
     return reinterpret_cast<int16_t*>(scratch + w.input_offset) +
-           (((limb * w.panels + panel) * kPlanes + plane) * w.pairs + pair) * 2 * kLanes;
+           ((limb * w.panels + panel) * kPlanes + plane) * w.dy_plane + 2 * pair * kLanes;
+  }
+  int64_t* Totals(int64_t task, int worker) const {
+    const int64_t number = w.are_totals_kept ? task : worker;
+    return reinterpret_cast<int64_t*>(scratch + w.totals_offset) + number * w.rows_per_task * 9 * kLanes;
   }
 
   void Prepare(int64_t task) {
-    for (int64_t pair = task * kPairsPerTask; pair < Min(w.pairs, (task + 1) * kPairsPerTask); ++pair) {
+    for (int64_t pair = task * kPairsPerTask; pair < Min(Pairs(), (task + 1) * kPairsPerTask); ++pair) {
       int64_t x[2][36], dy[2][16];
-      for (int64_t i = 0; i < 2; ++i) FindTile(2 * pair + i, x[i], dy[i]);
+      for (int64_t i = 0; i < 2; ++i) FindTile(2 * (first_pair + pair) + i, x[i], dy[i]);
       for (int limb = 0; limb < w.lhs_limbs; ++limb)
-        for (int64_t c = 0; c < Channels(); c += kLanes)
+        for (int64_t c = 0; c < g.in_channels; c += kLanes)
           TransformPair<6>(Input, product.lhs, limb, x, c, g.in_channels - c,
-                           [&](int plane) { return InputOf(limb, plane, pair) + 2 * c; });
+                           [&](int plane) { return InputOf(limb, plane, pair, c); });
       for (int limb = 0; limb < w.rhs_limbs; ++limb)
         for (int64_t panel = 0; panel < w.panels; ++panel)
           TransformPair<4>(Gradient, product.rhs, limb, dy, panel * kLanes, g.out_channels - panel * kLanes,
@@ -382,13 +454,11 @@ class WinogradFilterGradient : WinogradTransforms {
     }
   }
 
-  // A tile after the last is zeros.
+  // A tile after the last is on a canvas after the last: zeros.
   void FindTile(int64_t tile, int64_t* x, int64_t* dy) const {
-    const int64_t column = tile % w.tile_columns * 4, row = tile / w.tile_columns % w.tile_rows * 4;
-    const int64_t n = tile / w.tile_columns / w.tile_rows,
-                  beyond = tile < w.tiles ? 0 : g.in[1] + g.out[1] + 8;
-    FindPixels<6>(g.in, g.in_channels, n, row - w.pad[0] + beyond, column - w.pad[1], x);
-    FindPixels<4>(g.out, g.out_channels, n, row + beyond, column, dy);
+    const Place at = PlaceOf(w, tile);
+    FindPixels<6>(w, w.source, g.in_channels, at.canvas, at.y - w.pad[0], at.x - w.pad[1], x);
+    FindPixels<4>(w, w.result, g.out_channels, at.canvas, at.y, at.x, dy);
   }
 
   template <int kFrom, class To, size_t kPixels>
@@ -405,22 +475,27 @@ class WinogradFilterGradient : WinogradTransforms {
   void Sum(int64_t task, int worker) const {
     const int64_t panel = task % w.panels, first = task / w.panels * w.rows_per_task;
     const int64_t rows = Min(w.rows_per_task, g.in_channels - first);
-    auto* totals = reinterpret_cast<int64_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
-    auto* products = reinterpret_cast<int32_t*>(totals + w.rows_per_task * 9 * kLanes);
-    for (int64_t i = 0; i < rows * 9 * kLanes; ++i) totals[i] = 0;
-    for (int64_t pair = 0; pair < w.pairs; pair += kTiles / 2)
+    int64_t* totals = Totals(task, worker);
+    auto* products = reinterpret_cast<int32_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
+    for (int64_t i = 0; first_pair == 0 && i < rows * 9 * kLanes; ++i) totals[i] = 0;
+    for (int64_t pair = 0; pair < Pairs(); pair += kTiles / 2)
       for (int limb = 0; limb < w.limbs; ++limb) {
-        const int64_t count = Min(kTiles / 2, w.pairs - pair);
-        const int x_limb = w.lhs_limbs == 1 ? 0 : limb, dy_limb = w.rhs_limbs == 1 ? 0 : limb;
         for (int plane = 0; plane < kPlanes; ++plane)
           for (int64_t row = 0; row < rows; row += K::kMr)
-            K::RunPairs(InputOf(x_limb, plane, pair) + 2 * (first + row), 2, 2 * Channels(), count,
-                        GradientOf(dy_limb, panel, plane, pair), static_cast<int>(Min(K::kMr, rows - row)),
-                        products + (plane * w.rows_per_task + row) * kLanes);
+            MultiplyRows(plane, limb, pair, panel, first + row, Min(K::kMr, rows - row),
+                         products + (plane * w.rows_per_task + row) * kLanes);
         for (int64_t row = 0; row < rows; ++row)
           AddRow(products + row * kLanes, 8 * limb, totals + row * 9 * kLanes);
       }
+    if (first_pair + Pairs() < w.pairs) return;
     for (int64_t row = 0; row < rows; ++row) Store(first + row, panel, totals + row * 9 * kLanes);
+  }
+
+  void MultiplyRows(int plane, int limb, int64_t pair, int64_t panel, int64_t row, int64_t rows,
+                    int32_t* products) const {
+    const int x_limb = w.lhs_limbs == 1 ? 0 : limb, dy_limb = w.rhs_limbs == 1 ? 0 : limb;
+    K::RunPairs(InputOf(x_limb, plane, pair, row), 2, 2 * Together(row), Min(kTiles / 2, Pairs() - pair),
+                GradientOf(dy_limb, panel, plane, pair), static_cast<int>(rows), products);
   }
 
   void AddRow(const int32_t* products, int shift, int64_t* totals) const {
