@@ -25,6 +25,8 @@ struct WinogradTransforms {
   using Codes = int16_t __attribute__((vector_size(2 * kLanes)));
   using Sums = uint32_t __attribute__((vector_size(4 * kLanes / 2)));
   using SignedSums = int32_t __attribute__((vector_size(sizeof(Sums))));
+  using Totals = int64_t __attribute__((vector_size(2 * sizeof(Sums))));
+  using UnsignedTotals = uint64_t __attribute__((vector_size(2 * sizeof(Sums))));
 
   static void Input(const Codes* a, Codes* out) {  // B^T
     const Codes p = a[4] - 4 * a[2], q = a[3] - 4 * a[1], r = a[4] - a[2], s = 2 * (a[3] - a[1]);
@@ -140,7 +142,12 @@ struct WinogradTransforms {
   }
 
   static void Interleave(Codes even, Codes odd, int16_t* words) {
-    for (int64_t c = 0; c < kLanes; ++c) words[2 * c] = even[c], words[2 * c + 1] = odd[c];
+    const Codes first = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                                23),
+                last = __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
+                                               30, 15, 31);
+    __builtin_memcpy(words, &first, sizeof(first));
+    __builtin_memcpy(words + kLanes, &last, sizeof(last));
   }
 
   template <class Vector>
@@ -434,7 +441,7 @@ class WinogradFilterGradient : WinogradTransforms {
     return reinterpret_cast<int16_t*>(scratch + w.input_offset) +
            ((limb * w.panels + panel) * kPlanes + plane) * w.dy_plane + 2 * pair * kLanes;
   }
-  int64_t* Totals(int64_t task, int worker) const {
+  int64_t* TotalsOf(int64_t task, int worker) const {
     const int64_t number = w.are_totals_kept ? task : worker;
     return reinterpret_cast<int64_t*>(scratch + w.totals_offset) + number * w.rows_per_task * 9 * kLanes;
   }
@@ -475,7 +482,7 @@ class WinogradFilterGradient : WinogradTransforms {
   void Sum(int64_t task, int worker) const {
     const int64_t panel = task % w.panels, first = task / w.panels * w.rows_per_task;
     const int64_t rows = Min(w.rows_per_task, g.in_channels - first);
-    int64_t* totals = Totals(task, worker);
+    int64_t* totals = TotalsOf(task, worker);
     auto* products = reinterpret_cast<int32_t*>(scratch + w.worker_offset + worker * w.worker_bytes);
     for (int64_t i = 0; first_pair == 0 && i < rows * 9 * kLanes; ++i) totals[i] = 0;
     for (int64_t pair = 0; pair < Pairs(); pair += kTiles / 2)
@@ -505,10 +512,11 @@ class WinogradFilterGradient : WinogradTransforms {
           FilterOutput,
           [&](int i, int j) { return Load<Sums>(products + (6 * i + j) * w.rows_per_task * kLanes + c); },
           [&](int i, int j, Sums sum) {
-            const SignedSums value = Divided(sum);
             int64_t* total = totals + (3 * i + j) * kLanes + c;
-            for (int64_t k = 0; k < kHalf; ++k)  // an unsigned shift: a negative one is undefined
-              total[k] += static_cast<int64_t>(static_cast<uint64_t>(int64_t{value[k]}) << shift);
+            const auto value = reinterpret_cast<UnsignedTotals>(
+                __builtin_convertvector(Divided(sum), Totals));  // unsigned: a negative shift is undefined
+            const UnsignedTotals now = Load<UnsignedTotals>(total) + (value << shift);
+            __builtin_memcpy(total, &now, sizeof(now));
           });
   }
 

@@ -52,12 +52,13 @@ int64_t PlanTiles(const KernelShape& shape, int workers, WinogradPlan& w) {
 }
 
 int64_t PlanFilterGradient(const Geometry& g, const KernelShape& shape, int workers, WinogradPlan& w) {
-  constexpr int64_t kMaxRows = 96;           // whose products stay in L2
-  constexpr int64_t kBytesAtOnce = 8 << 20;  // of transformed tiles, which stay in L3
+  constexpr int64_t kMaxRows = 48;  // whose products stay in L2
+  constexpr int64_t kBytesAtOnce =
+      1 << 20;  // of transformed tiles for each worker, as what is in L2 is quick
   const int64_t channels = RoundUp(g.in_channels, kLanes);
   w.pairs = CeilDiv(w.tiles, 2);
   const int64_t words = w.pairs * kPlanes * (w.lhs_limbs * channels + w.rhs_limbs * w.panels * kLanes);
-  const int64_t ranges = CeilDiv(words * 4, kBytesAtOnce);
+  const int64_t ranges = CeilDiv(words * 4, workers * kBytesAtOnce);
   w.pairs_at_once = std::min(w.pairs, RoundUp(CeilDiv(w.pairs, ranges), kWinogradTiles / 2));
   w.x_plane = w.pairs_at_once * 2 * channels + 32;  // a line further apart: not in the same L1 set
   w.dy_plane = w.pairs_at_once * 2 * kLanes + 32;
