@@ -19,12 +19,14 @@
 
 // A row or column of 6, as B^T, G, A^T, A and G^T take it to 6, 6, 4, 6 and 3. Elements are vectors.
 struct WinogradTransforms {
-  static constexpr int64_t kLanes = 16, kPlanes = 36;
+  static constexpr int64_t kLanes = 16, kHalf = kLanes / 2, kPlanes = 36;
   using Bytes = uint8_t __attribute__((vector_size(kLanes)));
   using SignedBytes = int8_t __attribute__((vector_size(kLanes)));
   using Codes = int16_t __attribute__((vector_size(2 * kLanes)));
   using Sums = uint32_t __attribute__((vector_size(4 * kLanes / 2)));
   using SignedSums = int32_t __attribute__((vector_size(sizeof(Sums))));
+  using Floats = float __attribute__((vector_size(sizeof(Sums))));
+  using Doubles = double __attribute__((vector_size(2 * sizeof(Sums))));
   using Totals = int64_t __attribute__((vector_size(2 * sizeof(Sums))));
   using UnsignedTotals = uint64_t __attribute__((vector_size(2 * sizeof(Sums))));
 
@@ -148,6 +150,14 @@ struct WinogradTransforms {
                                                30, 15, 31);
     __builtin_memcpy(words, &first, sizeof(first));
     __builtin_memcpy(words + kLanes, &last, sizeof(last));
+  }
+
+  static void StoreSome(Floats value, int64_t count, float* to) {
+    if (count >= kHalf) {
+      __builtin_memcpy(to, &value, sizeof(value));
+    } else {
+      for (int64_t c = 0; c < count; ++c) to[c] = value[c];
+    }
   }
 
   template <class Vector>
@@ -350,7 +360,7 @@ class Winograd : WinogradTransforms {
 
   // Adds a tile's 16 pixels to their totals.
   void TransformProducts(const int32_t* products, bool is_first, int32_t* totals) const {
-    for (int64_t c = 0; c < kLanes; c += kLanes / 2)
+    for (int64_t c = 0; c < kLanes; c += kHalf)
       Both<6, 4, Sums>(
           Output, [&](int i, int j) { return Load<Sums>(products + (6 * i + j) * ProductPlane() + c); },
           [&](int i, int j, Sums sum) {
@@ -372,24 +382,21 @@ class Winograd : WinogradTransforms {
     for (int64_t i = 0; i < 16; ++i) {
       if (pixels[i] == kBeside) continue;
       float* out = product.out + pixels[i] + panel * kLanes;
-      float sums[kLanes];
-      Round(low_limb + i * kLanes, high_limb == nullptr ? nullptr : high_limb + i * kLanes, sums);
-      if (width == kLanes) {
-        for (int64_t c = 0; c < kLanes; ++c) out[c] = sums[c] * low * high;
-      } else {
-        for (int64_t c = 0; c < width; ++c) out[c] = sums[c] * low * high;
+      for (int64_t c = 0; c < width; c += kHalf) {
+        const int64_t k = i * kLanes + c;
+        const Floats value =
+            Rounded(low_limb + k, high_limb == nullptr ? nullptr : high_limb + k) * low * high;
+        StoreSome(value, width - c, out + c);
       }
     }
   }
 
   // Rounded once: a double holds the sum of two limbs.
-  static void Round(const int32_t* low, const int32_t* high, float* out) {
-    if (high == nullptr) {
-      for (int64_t c = 0; c < kLanes; ++c) out[c] = static_cast<float>(low[c]);
-    } else {
-      for (int64_t c = 0; c < kLanes; ++c)
-        out[c] = static_cast<float>(static_cast<double>(high[c]) * 256 + static_cast<double>(low[c]));
-    }
+  static Floats Rounded(const int32_t* low, const int32_t* high) {
+    const auto last = Load<SignedSums>(low);
+    if (high == nullptr) return __builtin_convertvector(last, Floats);
+    const Doubles first = __builtin_convertvector(Load<SignedSums>(high), Doubles);
+    return __builtin_convertvector(first * 256 + __builtin_convertvector(last, Doubles), Floats);
   }
 };
 
@@ -506,7 +513,6 @@ class WinogradFilterGradient : WinogradTransforms {
   }
 
   void AddRow(const int32_t* products, int shift, int64_t* totals) const {
-    constexpr int64_t kHalf = kLanes / 2;
     for (int64_t c = 0; c < kLanes; c += kHalf)
       Both<6, 3, Sums>(
           FilterOutput,
@@ -520,13 +526,23 @@ class WinogradFilterGradient : WinogradTransforms {
           });
   }
 
+  // Once, as a double holds the sum: added to the bits of 1.5 * 2^52, it is the mantissa's last part.
+  static Floats Rounded(UnsignedTotals sum) {
+    constexpr uint64_t kBits = 0x4338000000000000;
+    constexpr double kValue = 6755399441055744;
+    return __builtin_convertvector(reinterpret_cast<Doubles>(sum + kBits) - kValue, Floats);
+  }
+
   void Store(int64_t row, int64_t panel, const int64_t* totals) const {
     const float low = PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent));
     const float high = PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent));
     const int64_t width = Min(kLanes, g.out_channels - panel * kLanes);
     for (int64_t t = 0; t < 9; ++t) {
       float* out = product.out + (t * g.in_channels + row) * g.out_channels + panel * kLanes;
-      for (int64_t c = 0; c < width; ++c) out[c] = static_cast<float>(totals[t * kLanes + c]) * low * high;
+      for (int64_t c = 0; c < width; c += kHalf) {
+        const Floats value = Rounded(Load<UnsignedTotals>(totals + t * kLanes + c)) * low * high;
+        StoreSome(value, width - c, out + c);
+      }
     }
   }
 };

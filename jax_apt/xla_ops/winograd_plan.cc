@@ -110,7 +110,9 @@ bool IsWinograd(const Product& product, const KernelShape& shape) {
       std::max(g.in_channels, g.out_channels) > kMaxChannels)
     return false;
   const WinogradPlan w = Describe(product, shape.nr);
-  return 2 * w.images * w.result[0] * w.result[1] > w.tiles * 16;
+  constexpr int64_t kMaxPixels = 1 << 28;  // whose filter gradient, below 2^22 each, is less than 2^51
+  const int64_t pixels = w.images * w.result[0] * w.result[1];
+  return pixels <= kMaxPixels && 2 * pixels > w.tiles * 16;
 }
 
 WinogradPlan MakeWinogradPlan(const Product& product, const KernelShape& shape, int workers,
