@@ -558,6 +558,27 @@ class Planner {
 
 }  // namespace
 
+namespace {
+
+// Bits of the largest possible sum.
+int SumBits(const Product& product) {
+  const int64_t depth = Depth(product.geometry, product.kind);
+  int depth_bits = 0;
+  while ((int64_t{1} << depth_bits) < depth) ++depth_bits;
+  return product.lhs.bits + product.rhs.bits - 2 + depth_bits;
+}
+
+// Whether the lines of the result are written whole and are too many for the caches.
+bool IsStreamed(const Product& product, int64_t nr) {
+  constexpr int64_t kMostInCaches = 12 << 20;
+  const int64_t out = SizesOf(product.kind, product.geometry).out * int64_t{sizeof(float)};
+  const Geometry& g = product.geometry;
+  const int64_t row = product.kind == Kind::kInputGradient ? g.in_channels : g.out_channels;
+  return out > kMostInCaches && row % (kLine / sizeof(float)) == 0 && row / g.groups % nr == 0;
+}
+
+}  // namespace
+
 const char* FindError(const Product& product, int64_t* value) {
   for (const Operand* operand : {&product.lhs, &product.rhs}) {
     *value = operand->bits;
@@ -569,28 +590,27 @@ const char* FindError(const Product& product, int64_t* value) {
   if (product.rhs.floats != nullptr &&
       !(product.kind == Kind::kFilterGradient && IsProductOfMatrices(product.geometry) && *value == 1))
     return "only dy of a matrix product's filter gradient may be floats; groups must be 1";
-  const int64_t depth = Depth(product.geometry, product.kind);
-  int depth_bits = 0;
-  while ((int64_t{1} << depth_bits) < depth) ++depth_bits;
-  *value = product.lhs.bits + product.rhs.bits - 2 + depth_bits;
+  *value = SumBits(product);
   return *value > 62 ? "lhs bits + rhs bits - 2 + log2(depth) must be at most 62" : nullptr;
 }
 
 Plan MakePlan(const Product& product, const KernelShape& shape, int workers) {
+  Plan p{};
   if (IsWinograd(product, shape)) {
-    constexpr int64_t kMaxScratch = int64_t{1} << 27;  // a filter gradient holds all its tiles
-    Plan p{};
+    constexpr int64_t kMaxScratch = int64_t{1} << 27;
     p.is_winograd = true;
     p.winograd = MakeWinogradPlan(product, shape, workers, &p.scratch_bytes);
-    if (p.scratch_bytes <= kMaxScratch) return p;
+    p.is_winograd = p.scratch_bytes <= kMaxScratch;
   }
-  if (IsDepthwise(product.geometry)) {
-    Plan p{};
+  if (!p.is_winograd && IsDepthwise(product.geometry)) {
     p.is_depthwise = true;
     p.depthwise = MakeDepthwisePlan(product, shape.element_bytes == 1, workers, &p.scratch_bytes);
-    return p;
+  } else if (!p.is_winograd) {
+    p = Planner(product, shape, workers).Make();
+    p.are_sums_small = SumBits(product) <= 51;
   }
-  return Planner(product, shape, workers).Make();
+  p.is_out_streamed = IsStreamed(product, shape.nr);
+  return p;
 }
 
 }  // namespace jax_apt

@@ -92,9 +92,11 @@ struct Task {
 };
 
 struct Plan {
-  // Winograd: only this and `scratch_bytes` count.
+  // Winograd: only this, the next and `scratch_bytes` count.
   bool is_winograd;
   WinogradPlan winograd;
+
+  bool is_out_streamed;  // past the caches: the result is too large for them
 
   // Depthwise: only this and `scratch_bytes` count.
   bool is_depthwise;
@@ -134,6 +136,7 @@ struct Plan {
   std::vector<Task> tasks;
   bool is_single_block;  // no phase has two: nothing is kept between blocks
   bool is_wide;          // several limbs, or sums that leave int32
+  bool are_sums_small;   // below 2^51
 
   // Scratch, in bytes from its start.
   int64_t lhs_bytes, rhs_bytes, worker_bytes, temporary_bytes, own_panels_offset, group_rhs_bytes;

@@ -15,7 +15,6 @@
 #include "packing.h"
 #include "quantize_loops.h"
 #include "results.h"
-#include "vectors.h"
 
 template <class K>
 class Driver {
@@ -423,6 +422,7 @@ class Driver {
       for (int64_t panel = 0; panel < task.panels; panel += together) MultiplyRows(at, b, panel, together);
     }
     K::Leave();
+    FinishStreams();
   }
 
   struct Place {  // where a task is at work

@@ -3,14 +3,18 @@
 // Included by product_loops.h inside each ISA unit's own anonymous namespace (hence no include guard, no
 // system headers and no std:: templates).
 
+#include "vectors.h"
+
 template <class K>
 class Results {
  public:
   static constexpr bool kIsBytes = sizeof(typename K::Lhs) == 1;
   static constexpr int64_t kLhsOffset = K::kIsNonnegative ? 0 : 128;  // of the top limb's bytes
   static constexpr int64_t kTile = K::kMr * K::kNr;
+  static_assert(K::kNr % kWordLanes == 0, "whole vectors");
 
-  Results(const Plan& plan, const Product& product) : p(plan), product(product) {}
+  Results(const Plan& plan, const Product& product)
+      : p(plan), product(product), is_streamed(plan.is_out_streamed && IsAligned(product.out)) {}
 
   // Where the sums of a task are kept: for each pair of limbs int32, then 64 bits.
   struct Sums {
@@ -81,20 +85,26 @@ class Results {
   void StoreNarrow(const int32_t* sums, int rows, int64_t width, int64_t column,
                    const Corrections& corrections, float* const* out) const {
     const float low = LowScale(), high = HighScale();
-    const auto store = [&](int64_t columns) {
-      for (int r = 0; r < rows; ++r) {
-        if (out[r] == nullptr) continue;
-        float* to = out[r] + column;
-        const int32_t* from = sums + r * K::kNr;
-        for (int64_t c = 0; c < columns; ++c) {  // modulo 2^32: only the final sum must fit
-          uint32_t sum = static_cast<uint32_t>(from[c]);
-          if constexpr (kIsBytes) sum -= static_cast<uint32_t>(corrections.narrow[c]);
-          to[c] = static_cast<float>(static_cast<int32_t>(sum)) * low * high;
-        }
+    const auto store = [&](int r, auto put) {
+      for (int64_t c = 0; c < K::kNr; c += kWordLanes) {  // modulo 2^32: only the final sum must fit
+        auto sum = LoadVector<WordVector>(sums + r * K::kNr + c);
+        if constexpr (kIsBytes) sum -= LoadVector<WordVector>(corrections.narrow + c);
+        put(c, __builtin_convertvector(reinterpret_cast<IntVector>(sum), FloatVector) * low * high);
       }
     };
-    if (width == K::kNr) return store(K::kNr);
-    store(width);
+    for (int r = 0; r < rows; ++r) {
+      if (out[r] == nullptr) continue;
+      float* to = out[r] + column;
+      if (width < K::kNr) {
+        float values[K::kNr];
+        store(r, [&](int64_t c, FloatVector value) { StoreVector(values + c, value); });
+        __builtin_memcpy(to, values, width * sizeof(float));
+      } else if (is_streamed) {
+        store(r, [&](int64_t c, FloatVector value) { StreamVector(to + c, value); });
+      } else {
+        store(r, [&](int64_t c, FloatVector value) { StoreVector(to + c, value); });
+      }
+    }
   }
 
   void StoreWide(Sums sums, bool are_widened, int rows, int64_t width, int64_t column,
@@ -110,11 +120,21 @@ class Results {
       } else {
         AddPairs(sums.narrow + r * K::kNr, sum);
       }
+      float values[K::kNr];
+      if (p.are_sums_small) {
+        for (int64_t c = 0; c < K::kNr; c += kWordLanes / 2)
+          StoreVector(values + c, RoundSmallLongs(LoadVector<LongVector>(sum + c)));
+      } else {
+        for (int64_t c = 0; c < K::kNr; ++c) values[c] = static_cast<float>(sum[c]);
+      }
       float* to = out[r] + column;
       if (width == K::kNr) {
-        for (int64_t c = 0; c < K::kNr; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
+        for (int64_t c = 0; c < K::kNr; c += kWordLanes) {
+          const FloatVector value = LoadVector<FloatVector>(values + c) * low * high;
+          is_streamed ? StreamVector(to + c, value) : StoreVector(to + c, value);
+        }
       } else {
-        for (int64_t c = 0; c < width; ++c) to[c] = static_cast<float>(sum[c]) * low * high;
+        for (int64_t c = 0; c < width; ++c) to[c] = values[c] * low * high;
       }
     }
   }
@@ -122,6 +142,7 @@ class Results {
  private:
   const Plan& p;
   const Product& product;
+  const bool is_streamed;
 
   // Powers of two multiply exactly; the smaller first keeps both steps within float32's range.
   float LowScale() const { return PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent)); }

@@ -152,8 +152,9 @@ struct WinogradTransforms {
     __builtin_memcpy(words + kLanes, &last, sizeof(last));
   }
 
-  static void StoreSome(Floats value, int64_t count, float* to) {
-    if (count >= kHalf) {
+  template <class Vector>
+  static void StoreSome(Vector value, int64_t count, float* to) {
+    if (count >= static_cast<int64_t>(sizeof(value) / sizeof(float))) {
       __builtin_memcpy(to, &value, sizeof(value));
     } else {
       for (int64_t c = 0; c < count; ++c) to[c] = value[c];
@@ -172,7 +173,10 @@ template <class K>
 class Winograd : WinogradTransforms {
  public:
   Winograd(const Plan& plan, const Product& product, uint8_t* scratch)
-      : w(plan.winograd), product(product), scratch(scratch) {}
+      : w(plan.winograd),
+        product(product),
+        scratch(scratch),
+        is_streamed(plan.is_out_streamed && IsAligned(product.out)) {}
 
   void Run(Parallel& parallel) {
     input_tasks = w.is_shared ? CeilDiv(w.tiles, kTilesPerTask) : 0;
@@ -185,12 +189,14 @@ class Winograd : WinogradTransforms {
 
  private:
   static_assert(K::kNr == kLanes && sizeof(typename K::Lhs) == 2, "panels of 16 columns");
+  static_assert(kWordLanes == kHalf, "vectors of 32 bytes");
 
   static constexpr int64_t kTilesPerTask = 4;
 
   const WinogradPlan& w;
   const Product& product;
   uint8_t* const scratch;
+  const bool is_streamed;
   int64_t input_tasks = 0;
 
   static Winograd* Self(void* self) { return static_cast<Winograd*>(self); }
@@ -318,6 +324,11 @@ class Winograd : WinogradTransforms {
   // ---- Products
 
   void Multiply(int64_t task, int worker) const {
+    MultiplyTask(task, worker);
+    FinishStreams();
+  }
+
+  void MultiplyTask(int64_t task, int worker) const {
     if (w.is_rhs_own) return MultiplyPanel(task, 0, w.groups, worker);
     if (w.is_shared) return MultiplyPanel(task % w.panels, task / w.panels, task / w.panels + 1, worker);
     TransformInput(task * w.tiles_per_group, Min(w.tiles, (task + 1) * w.tiles_per_group), worker);
@@ -386,7 +397,7 @@ class Winograd : WinogradTransforms {
         const int64_t k = i * kLanes + c;
         const Floats value =
             Rounded(low_limb + k, high_limb == nullptr ? nullptr : high_limb + k) * low * high;
-        StoreSome(value, width - c, out + c);
+        is_streamed ? StreamVector(out + c, value) : StoreSome(value, width - c, out + c);
       }
     }
   }
@@ -526,22 +537,15 @@ class WinogradFilterGradient : WinogradTransforms {
           });
   }
 
-  // Once, as a double holds the sum: added to the bits of 1.5 * 2^52, it is the mantissa's last part.
-  static Floats Rounded(UnsignedTotals sum) {
-    constexpr uint64_t kBits = 0x4338000000000000;
-    constexpr double kValue = 6755399441055744;
-    return __builtin_convertvector(reinterpret_cast<Doubles>(sum + kBits) - kValue, Floats);
-  }
-
   void Store(int64_t row, int64_t panel, const int64_t* totals) const {
     const float low = PowerOfTwo(Min(product.lhs.exponent, product.rhs.exponent));
     const float high = PowerOfTwo(Max(product.lhs.exponent, product.rhs.exponent));
     const int64_t width = Min(kLanes, g.out_channels - panel * kLanes);
     for (int64_t t = 0; t < 9; ++t) {
       float* out = product.out + (t * g.in_channels + row) * g.out_channels + panel * kLanes;
-      for (int64_t c = 0; c < width; c += kHalf) {
-        const Floats value = Rounded(Load<UnsignedTotals>(totals + t * kLanes + c)) * low * high;
-        StoreSome(value, width - c, out + c);
+      for (int64_t c = 0; c < width; c += kWordLanes / 2) {
+        const auto sums = Load<LongVector>(totals + t * kLanes + c);
+        StoreSome(RoundSmallLongs(sums) * low * high, width - c, out + c);
       }
     }
   }
