@@ -449,10 +449,12 @@ class Driver {
         int64_t row_sums[K::kMr] = {};
         if (kIsBytes && p.rhs_limbs.count > 1 && b + 1 == phase.blocks)
           SumRows(phase, FirstOf(task, p.runs[run], row), Rows(p.runs[run], row), row_sums);
+        float* out[K::kMr];
+        if (b + 1 == phase.blocks) results.FindRows(phase, p.runs[run], row, Rows(p.runs[run], row), out);
         for (int64_t panel = set; panel < end; ++panel) {
           const int64_t slot = p.is_single_block ? 0 : tile * task.panels + panel;
           MultiplyTile(at, b, panel, p.runs[run], row, SumsAt(at.worker, slot), corrections[panel - set],
-                       row_sums);
+                       row_sums, out);
         }
       }
     }
@@ -468,7 +470,7 @@ class Driver {
   }
 
   void MultiplyTile(const Place& at, int b, int64_t panel, const RowRun& run, int64_t row, Sums sums,
-                    const Corrections& corrections, const int64_t* row_sums) const {
+                    const Corrections& corrections, const int64_t* row_sums, float* const* out) const {
     const Task& task = at.task;
     const Phase& phase = at.phase;
     const Block& block = p.blocks[phase.first_block + b];
@@ -493,8 +495,6 @@ class Driver {
     const bool is_done = b + 1 == phase.blocks;
     if (p.is_wide && phase.blocks > 1) results.Widen(sums, rows, b == FirstLast(phase));
     if (!is_done) return;
-    float* out[K::kMr];
-    results.FindRows(phase, run, row, rows, out);
     const int64_t number = task.first_panel + panel;
     const int64_t column = task.group * p.out_group_step + number * K::kNr;
     if (p.is_wide) {
