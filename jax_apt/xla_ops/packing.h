@@ -16,7 +16,7 @@
 // element calls is inline, so that the other's units are not told of unused functions.
 
 int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
@@ -109,51 +109,64 @@ struct Image {
 #if defined(__SSE2__) || defined(__ARM_NEON)
 #ifdef __SSE2__
 using Bytes16 = __m128i;
-Bytes16 LoadBytes(const uint8_t* in) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)); }
-void StoreBytes(uint8_t* out, Bytes16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), a); }
-Bytes16 ZipLow(Bytes16 a, Bytes16 b) { return _mm_unpacklo_epi8(a, b); }
-Bytes16 ZipHigh(Bytes16 a, Bytes16 b) { return _mm_unpackhi_epi8(a, b); }
+Bytes16 LoadBytes(const void* in) { return _mm_loadu_si128(static_cast<const __m128i*>(in)); }
+void StoreBytes(void* out, Bytes16 a) { _mm_storeu_si128(static_cast<__m128i*>(out), a); }
+Bytes16 ZipLow(Bytes16 a, Bytes16 b, uint8_t) { return _mm_unpacklo_epi8(a, b); }
+Bytes16 ZipHigh(Bytes16 a, Bytes16 b, uint8_t) { return _mm_unpackhi_epi8(a, b); }
+inline Bytes16 ZipLow(Bytes16 a, Bytes16 b, int16_t) { return _mm_unpacklo_epi16(a, b); }
+inline Bytes16 ZipHigh(Bytes16 a, Bytes16 b, int16_t) { return _mm_unpackhi_epi16(a, b); }
 #else
 using Bytes16 = uint8x16_t;
-Bytes16 LoadBytes(const uint8_t* in) { return vld1q_u8(in); }
-void StoreBytes(uint8_t* out, Bytes16 a) { vst1q_u8(out, a); }
-Bytes16 ZipLow(Bytes16 a, Bytes16 b) { return vzip1q_u8(a, b); }
-Bytes16 ZipHigh(Bytes16 a, Bytes16 b) { return vzip2q_u8(a, b); }
-#endif
-// 16 x 16 bytes: rows of `in` become columns of `out`. Four rounds of interleaving rows i and i + 8.
-void Transpose16(const uint8_t* in, int64_t in_step, uint8_t* out, int64_t out_step) {
-  Bytes16 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = LoadBytes(in + i * in_step);
-  for (int round = 0; round < 4; ++round) {
-    for (int i = 0; i < 8; ++i) {
-      b[2 * i] = ZipLow(a[i], a[i + 8]);
-      b[2 * i + 1] = ZipHigh(a[i], a[i + 8]);
-    }
-    for (int i = 0; i < 16; ++i) a[i] = b[i];
-  }
-  for (int i = 0; i < 16; ++i) StoreBytes(out + i * out_step, a[i]);
+Bytes16 LoadBytes(const void* in) { return vld1q_u8(static_cast<const uint8_t*>(in)); }
+void StoreBytes(void* out, Bytes16 a) { vst1q_u8(static_cast<uint8_t*>(out), a); }
+Bytes16 ZipLow(Bytes16 a, Bytes16 b, uint8_t) { return vzip1q_u8(a, b); }
+Bytes16 ZipHigh(Bytes16 a, Bytes16 b, uint8_t) { return vzip2q_u8(a, b); }
+inline Bytes16 ZipLow(Bytes16 a, Bytes16 b, int16_t) {
+  return vreinterpretq_u8_u16(vzip1q_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
 }
+inline Bytes16 ZipHigh(Bytes16 a, Bytes16 b, int16_t) {
+  return vreinterpretq_u8_u16(vzip2q_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
+}
+#endif
 constexpr int64_t kTransposeBytes = 16;
+
+// kSide x kSide elements: rows of `in` become columns of `out`, by rounds of interleaving rows i and i +
+// kSide / 2.
+template <class Element, int kSide>
+void TransposeSquare(const Element* in, int64_t in_step, Element* out, int64_t out_step) {
+  Bytes16 a[kSide], b[kSide];
+  for (int i = 0; i < kSide; ++i) a[i] = LoadBytes(in + i * in_step);
+  for (int round = 1; round < kSide; round *= 2) {
+    for (int i = 0; i < kSide / 2; ++i) {
+      b[2 * i] = ZipLow(a[i], a[i + kSide / 2], Element{});
+      b[2 * i + 1] = ZipHigh(a[i], a[i + kSide / 2], Element{});
+    }
+    for (int i = 0; i < kSide; ++i) a[i] = b[i];
+  }
+  for (int i = 0; i < kSide; ++i) StoreBytes(out + i * out_step, a[i]);
+}
 #else
-void Transpose16(const uint8_t* in, int64_t, uint8_t* out, int64_t) { *out = *in; }
 constexpr int64_t kTransposeBytes = 1;
+
+template <class Element, int kSide>
+void TransposeSquare(const Element* in, int64_t, Element* out, int64_t) {
+  *out = *in;
+}
 #endif
 
 // (pixels, channels) -> (channels, pixels); `pixels` is at most kPixelChunk.
-inline void Transpose(const uint8_t* in, int64_t pixels, int64_t channels, uint8_t* out, int64_t out_step) {
+template <class Element>
+void Transpose(const Element* in, int64_t pixels, int64_t channels, Element* out, int64_t out_step) {
+  constexpr int kSide = Max(1, kTransposeBytes / int64_t{sizeof(Element)});
+  const int64_t rest = pixels / kSide * kSide;
   int64_t done = 0;
-  for (; done + kTransposeBytes <= channels; done += kTransposeBytes)
-    for (int64_t i = 0; i + kTransposeBytes <= pixels; i += kTransposeBytes)
-      Transpose16(in + i * channels + done, channels, out + done * out_step + i, out_step);
-  const int64_t rest = pixels / kTransposeBytes * kTransposeBytes;
+  for (; done + kSide <= channels; done += kSide)
+    for (int64_t i = 0; i < rest; i += kSide)
+      TransposeSquare<Element, kSide>(in + i * channels + done, channels, out + done * out_step + i,
+                                      out_step);
   for (int64_t c = 0; c < done; ++c)
     for (int64_t i = rest; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
   for (int64_t c = done; c < channels; ++c)
-    for (int64_t i = 0; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
-}
-
-inline void Transpose(const int16_t* in, int64_t pixels, int64_t channels, int16_t* out, int64_t out_step) {
-  for (int64_t c = 0; c < channels; ++c)
     for (int64_t i = 0; i < pixels; ++i) out[c * out_step + i] = in[i * channels + c];
 }
 
@@ -242,7 +255,7 @@ void InterleaveBytes(const uint8_t* r0, const uint8_t* r1, int64_t columns, Elem
   using Words16 = int16_t __attribute__((vector_size(32)));
   for (; c + 16 <= columns; c += 16) {
     const Bytes16 a = LoadBytes(r0 + c), b = LoadBytes(r1 + c);
-    const Bytes16 halves[2] = {ZipLow(a, b), ZipHigh(a, b)};
+    const Bytes16 halves[2] = {ZipLow(a, b, uint8_t{}), ZipHigh(a, b, uint8_t{})};
     for (int i = 0; i < 2; ++i) {
       Sixteen bytes;
       __builtin_memcpy(&bytes, &halves[i], sizeof(bytes));
