@@ -32,6 +32,11 @@ LAYERS = {
     "another dimension in front": convolution((2, 6, 6), 16, 16, (1, 3, 3), pad=(0, 1, 1)),
     "several blocks of channels": convolution((8, 8), 300, 226, (3, 3), pad=1),
     "many tiles": convolution((31, 18), 16, 16, (3, 3), batch=7, pad=1),  # 280: three sums of 128
+    "tiles in ranges": convolution((66, 62), 16, 16, (3, 3), batch=3, pad=1),  # 816: more than 1 MB
+    "images on a canvas": convolution((13, 13), 16, 20, (3, 3), batch=5, pad=1),
+    "small images on a canvas": convolution((5, 5), 16, 130, (3, 3), batch=6, pad=1),
+    "a canvas, another dimension in front": convolution((3, 5, 6), 18, 16, (1, 3, 3), batch=2, pad=(0, 1, 1)),
+    "a canvas in several groups": convolution((21, 21), 16, 66, (3, 3), batch=2, pad=1),
 }
 
 
@@ -57,7 +62,7 @@ def test_it_equals_int64(isa, kind, name):
 
 @each_isa
 @each_kind
-@pytest.mark.parametrize("name", ("several blocks of channels", "many tiles"))
+@pytest.mark.parametrize("name", ("several blocks of channels", "many tiles", "tiles in ranges"))
 @pytest.mark.parametrize("bits", ((8, 8), (16, 8), (8, 16)))
 def test_the_largest_codes_overflow_nothing(isa, kind, name, bits):
     geometry = LAYERS[name]
@@ -79,7 +84,14 @@ def test_the_largest_codes_overflow_nothing(isa, kind, name, bits):
 @pytest.mark.parametrize("bits", ((8, 8), (16, 8), (8, 16)))
 def test_it_stays_within_its_buffers(isa, kind, at_end, bits):
     rng = np.random.default_rng(3)
-    for name in ("odd map", "channels that fill no vector", "much padding, one side", "cropped"):
+    for name in (
+        "odd map",
+        "channels that fill no vector",
+        "much padding, one side",
+        "cropped",
+        "images on a canvas",
+        "a canvas, another dimension in front",
+    ):
         geometry = LAYERS[name]
         lhs, rhs = map(partial(draw_codes, rng), operand_shapes(kind, geometry)[:2], bits)
         formats = (bits[0], 0, bits[1], 0)
@@ -88,3 +100,13 @@ def test_it_stays_within_its_buffers(isa, kind, at_end, bits):
         out = Guarded.like(np.zeros(expected.shape, np.float32), at_end)
         product_on_buffers(isa, kind, geometry, x, y, formats, out)
         np.testing.assert_array_equal(out, expected)
+
+
+@each_isa
+def test_results_too_large_for_the_caches(isa):
+    rng, geometry = np.random.default_rng(5), convolution((112, 112), 16, 256, (3, 3), pad=1)
+    lhs, rhs = (draw_codes(rng, shape, 8) for shape in operand_shapes("forward", geometry)[:2])
+    expected = oracle("forward", geometry, lhs, rhs, (8, 0, 8, 0))
+    out = Guarded.like(np.zeros(expected.shape, np.float32), at_end=False)  # which begins with a line
+    product_on_buffers(isa, "forward", geometry, planes_of(lhs, 8), planes_of(rhs, 8), (8, 0, 8, 0), out)
+    np.testing.assert_array_equal(out, expected)

@@ -259,6 +259,30 @@ def test_sums_round_once_half_to_even(isa):
 
 
 @each_isa
+@pytest.mark.parametrize("sign", (1, -1))
+@pytest.mark.parametrize("depth", (32, 33))  # sums just below 2**51 and above it
+def test_long_sums_round_once(isa, depth, sign):
+    rng, geometry = np.random.default_rng(depth), matrices(7, depth, 35)
+    lhs, rhs, _ = operand_shapes("forward", geometry)
+    lhs, rhs = (2**23 - 1 - rng.integers(0, 4, shape) for shape in (lhs, rhs))
+    check(isa, "forward", geometry, sign * lhs, rhs, (24, 0, 24, 0))
+
+
+@each_isa
+@pytest.mark.parametrize("bits", ((8, 8), (16, 8), (16, 16)))
+def test_results_too_large_for_the_caches(isa, bits):
+    rng, geometry = np.random.default_rng(6), matrices(3100, 9, 1024)
+    lhs, rhs = draw_operands(rng, "forward", geometry, *bits)
+    formats = (bits[0], 0, bits[1], 0)
+    expected = oracle("forward", geometry, lhs, rhs, formats)
+    out = Guarded.like(np.zeros(expected.shape, np.float32), at_end=False)  # which begins with a line
+    product_on_buffers(
+        isa, "forward", geometry, planes_of(lhs, bits[0]), planes_of(rhs, bits[1]), formats, out
+    )
+    np.testing.assert_array_equal(out, expected)
+
+
+@each_isa
 @pytest.mark.parametrize(
     "exponents", [(-126, 122), (122, -126), (-126, -126), (-20, -126), (100, 122), (0, 0)]
 )
