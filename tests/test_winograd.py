@@ -22,20 +22,23 @@ from jax_apt import xla_ops
 
 pytestmark = pytest.mark.skipif(not xla_ops.is_available(), reason="the kernels are not compiled here")
 
+# Of 48 tiles and more, from where on a filter gradient is computed so, but for those whose channels count.
 LAYERS = {
-    "one tile": convolution((4, 4), 16, 16, (3, 3), pad=1),
-    "odd map": convolution((13, 7), 32, 48, (3, 3), batch=2, pad=1),
-    "channels that fill no vector": convolution((9, 9), 17, 19, (3, 3), batch=2, pad=1),
-    "no padding": convolution((10, 6), 24, 16, (3, 3)),
-    "much padding, one side": convolution((6, 7), 16, 20, (3, 3), pad=(0, 3, 2), pad_after=(0, 0, 2)),
-    "cropped": convolution((9, 9), 16, 16, (3, 3), pad=(0, -1, 1), pad_after=(0, 1, -1)),
-    "another dimension in front": convolution((2, 6, 6), 16, 16, (1, 3, 3), pad=(0, 1, 1)),
-    "several blocks of channels": convolution((8, 8), 300, 226, (3, 3), pad=1),
+    "single tiles": convolution((4, 4), 16, 16, (3, 3), batch=60, pad=1),
+    "odd map": convolution((13, 7), 32, 48, (3, 3), batch=7, pad=1),
+    "channels that fill no vector": convolution((9, 9), 17, 19, (3, 3), batch=9, pad=1),
+    "no padding": convolution((10, 6), 24, 16, (3, 3), batch=24),
+    "much padding, one side": convolution(
+        (6, 7), 16, 20, (3, 3), batch=12, pad=(0, 3, 2), pad_after=(0, 0, 2)
+    ),
+    "cropped": convolution((9, 9), 16, 16, (3, 3), batch=8, pad=(0, -1, 1), pad_after=(0, 1, -1)),
+    "another dimension in front": convolution((2, 6, 6), 16, 16, (1, 3, 3), batch=12, pad=(0, 1, 1)),
+    "several blocks of channels": convolution((8, 8), 300, 226, (3, 3), batch=2, pad=1),
     "many tiles": convolution((31, 18), 16, 16, (3, 3), batch=7, pad=1),  # 280: three sums of 128
     "tiles in ranges": convolution((66, 62), 16, 16, (3, 3), batch=3, pad=1),  # 816: more than 1 MB
     "images on a canvas": convolution((13, 13), 16, 20, (3, 3), batch=5, pad=1),
-    "small images on a canvas": convolution((5, 5), 16, 130, (3, 3), batch=6, pad=1),
-    "a canvas, another dimension in front": convolution((3, 5, 6), 18, 16, (1, 3, 3), batch=2, pad=(0, 1, 1)),
+    "small images on a canvas": convolution((5, 5), 16, 130, (3, 3), batch=24, pad=1),
+    "a canvas, another dimension in front": convolution((3, 5, 6), 18, 16, (1, 3, 3), batch=7, pad=(0, 1, 1)),
     "a canvas in several groups": convolution((21, 21), 16, 66, (3, 3), batch=2, pad=1),
 }
 

@@ -112,7 +112,9 @@ bool IsWinograd(const Product& product, const KernelShape& shape) {
   const WinogradPlan w = Describe(product, shape.nr);
   constexpr int64_t kMaxPixels = 1 << 28;  // whose filter gradient, below 2^22 each, is less than 2^51
   const int64_t pixels = w.images * w.result[0] * w.result[1];
-  return pixels <= kMaxPixels && 2 * pixels > w.tiles * 16;
+  // Few tiles do not pay for transforming w, or, of a filter gradient, for transforming it back.
+  const int64_t min_tiles = product.kind == Kind::kFilterGradient ? 48 : 8;
+  return pixels <= kMaxPixels && w.tiles >= min_tiles && 2 * pixels > w.tiles * 16;
 }
 
 WinogradPlan MakeWinogradPlan(const Product& product, const KernelShape& shape, int workers,

@@ -66,7 +66,7 @@ Numbers DrawConvolution(Random& random) {
     const int64_t values[] = {in, room < 0 ? 0 : room / stride + 1, window, stride, pad, dilation};
     for (int f = 0; f < 6; ++f) fields[f][d] = values[f];
   }
-  Numbers numbers{1, random.Int(1, 3)};
+  Numbers numbers{1, random.Int(1, is_plain ? 20 : 3)};  // Winograd needs many tiles
   for (const auto& field : fields) numbers.insert(numbers.end(), field, field + kSpace);
   int64_t groups = is_plain ? 1 : random.Pick({1, 1, 2, 3});
   int64_t x = groups * random.Pick({1, 2, 3, 5, 16, 17, 33}), y = groups * random.Pick({1, 2, 3, 8, 17, 33});
