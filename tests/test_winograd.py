@@ -34,8 +34,8 @@ LAYERS = {
     "cropped": convolution((9, 9), 16, 16, (3, 3), batch=8, pad=(0, -1, 1), pad_after=(0, 1, -1)),
     "another dimension in front": convolution((2, 6, 6), 16, 16, (1, 3, 3), batch=12, pad=(0, 1, 1)),
     "several blocks of channels": convolution((8, 8), 300, 226, (3, 3), batch=2, pad=1),
-    "many tiles": convolution((31, 18), 16, 16, (3, 3), batch=7, pad=1),  # 280: three sums of 128
-    "tiles in ranges": convolution((66, 62), 16, 16, (3, 3), batch=3, pad=1),  # 816: more than 1 MB
+    "many tiles": convolution((31, 18), 16, 16, (3, 3), batch=7, pad=1),  # 264: three sums of 128
+    "tiles in ranges": convolution((66, 62), 16, 16, (3, 3), batch=3, pad=1),  # 799: more than 1 MB
     "images on a canvas": convolution((13, 13), 16, 20, (3, 3), batch=5, pad=1),
     "small images on a canvas": convolution((5, 5), 16, 130, (3, 3), batch=24, pad=1),
     "a canvas, another dimension in front": convolution((3, 5, 6), 18, 16, (1, 3, 3), batch=7, pad=(0, 1, 1)),

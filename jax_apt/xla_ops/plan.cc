@@ -49,19 +49,13 @@ Limbs Bytes(int bits) {
   return limbs;
 }
 
-// Terms of one element of the result.
-int64_t Depth(const Geometry& g, Kind kind) {
-  switch (kind) {
-    case Kind::kForward: return Volume(g.window) * (g.in_channels / g.groups);
-    case Kind::kInputGradient: return Volume(g.window) * (g.out_channels / g.groups);
-    default: return g.batch * Volume(g.out);
-  }
-}
-
-bool IsProductOfMatrices(const Geometry& g) {
-  for (int d = 0; d < kSpace; ++d)
-    if (g.window[d] != 1 || g.stride[d] != 1 || g.pad[d] != 0 || g.in[d] != g.out[d]) return false;
-  return true;
+// Whether the lines of the result are written whole and are too many for the caches.
+bool IsStreamed(const Product& product, int64_t nr) {
+  constexpr int64_t kMostInCaches = 12 << 20;
+  const int64_t out = SizesOf(product.kind, product.geometry).out * int64_t{sizeof(float)};
+  const Geometry& g = product.geometry;
+  const int64_t row = product.kind == Kind::kInputGradient ? g.in_channels : g.out_channels;
+  return out > kMostInCaches && row % (kLine / sizeof(float)) == 0 && row / g.groups % nr == 0;
 }
 
 class Planner {
@@ -558,27 +552,6 @@ class Planner {
 
 }  // namespace
 
-namespace {
-
-// Bits of the largest possible sum.
-int SumBits(const Product& product) {
-  const int64_t depth = Depth(product.geometry, product.kind);
-  int depth_bits = 0;
-  while ((int64_t{1} << depth_bits) < depth) ++depth_bits;
-  return product.lhs.bits + product.rhs.bits - 2 + depth_bits;
-}
-
-// Whether the lines of the result are written whole and are too many for the caches.
-bool IsStreamed(const Product& product, int64_t nr) {
-  constexpr int64_t kMostInCaches = 12 << 20;
-  const int64_t out = SizesOf(product.kind, product.geometry).out * int64_t{sizeof(float)};
-  const Geometry& g = product.geometry;
-  const int64_t row = product.kind == Kind::kInputGradient ? g.in_channels : g.out_channels;
-  return out > kMostInCaches && row % (kLine / sizeof(float)) == 0 && row / g.groups % nr == 0;
-}
-
-}  // namespace
-
 const char* FindError(const Product& product, int64_t* value) {
   for (const Operand* operand : {&product.lhs, &product.rhs}) {
     *value = operand->bits;
@@ -595,13 +568,10 @@ const char* FindError(const Product& product, int64_t* value) {
 }
 
 Plan MakePlan(const Product& product, const KernelShape& shape, int workers) {
+  constexpr int64_t kMaxWinogradScratch = int64_t{1} << 27;
   Plan p{};
-  if (IsWinograd(product, shape)) {
-    constexpr int64_t kMaxScratch = int64_t{1} << 27;
-    p.is_winograd = true;
-    p.winograd = MakeWinogradPlan(product, shape, workers, &p.scratch_bytes);
-    p.is_winograd = p.scratch_bytes <= kMaxScratch;
-  }
+  if (IsWinograd(product, shape)) p.winograd = MakeWinogradPlan(product, shape, workers, &p.scratch_bytes);
+  p.is_winograd = p.scratch_bytes != 0 && p.scratch_bytes <= kMaxWinogradScratch;
   if (!p.is_winograd && IsDepthwise(product.geometry)) {
     p.is_depthwise = true;
     p.depthwise = MakeDepthwisePlan(product, shape.element_bytes == 1, workers, &p.scratch_bytes);

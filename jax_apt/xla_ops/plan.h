@@ -92,11 +92,11 @@ struct Task {
 };
 
 struct Plan {
-  // Winograd: only this, the next and `scratch_bytes` count.
+  bool is_out_streamed;  // past the caches: the result is too large for them
+
+  // Winograd: only this, `is_out_streamed` and `scratch_bytes` count.
   bool is_winograd;
   WinogradPlan winograd;
-
-  bool is_out_streamed;  // past the caches: the result is too large for them
 
   // Depthwise: only this and `scratch_bytes` count.
   bool is_depthwise;

@@ -245,9 +245,13 @@ class Winograd : WinogradTransforms {
     weights += limb * WeightLimb();
     for (int64_t k = 0; k < w.block_depth; k += kLanes) {
       int16_t taps[9][kLanes][kLanes];  // [depth][column]
-      for (int t = 0; t < 9; ++t)
-        IsForward() ? ReadTap(limb, t, first + k, panel * kLanes, taps[t])
-                    : ReadTapAlong(limb, 8 - t, first + k, panel * kLanes, taps[t]);
+      for (int t = 0; t < 9; ++t) {
+        if (IsForward()) {
+          ReadTap(limb, t, first + k, panel * kLanes, taps[t]);
+        } else {
+          ReadTapAlong(limb, 8 - t, first + k, panel * kLanes, taps[t]);
+        }
+      }
       for (int64_t i = 0; i < kLanes; i += 2) {
         Codes even[kPlanes], odd[kPlanes];
         TransformFilter(taps, i, even), TransformFilter(taps, i + 1, odd);

@@ -52,9 +52,8 @@ int64_t PlanTiles(const KernelShape& shape, int workers, WinogradPlan& w) {
 }
 
 int64_t PlanFilterGradient(const Geometry& g, const KernelShape& shape, int workers, WinogradPlan& w) {
-  constexpr int64_t kMaxRows = 48;  // whose products stay in L2
-  constexpr int64_t kBytesAtOnce =
-      1 << 20;  // of transformed tiles for each worker, as what is in L2 is quick
+  constexpr int64_t kMaxRows = 48;           // whose products stay in L2
+  constexpr int64_t kBytesAtOnce = 1 << 20;  // of transformed tiles for each worker: about as L2 holds
   const int64_t channels = RoundUp(g.in_channels, kLanes);
   w.pairs = CeilDiv(w.tiles, 2);
   const int64_t words = w.pairs * kPlanes * (w.lhs_limbs * channels + w.rhs_limbs * w.panels * kLanes);
